@@ -1,0 +1,434 @@
+"""The command line: thin, so that ``sinktrain --help`` is instant; each command imports what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sinktrain.errors import ConfigError, SinktrainError, did_you_mean
+
+USER_MISTAKE, INTERRUPTED = 2, 130
+
+DESCRIPTION = """\
+Pretrain GPT-NeoX models with or without an attention sink, stream them, and compare.
+
+commands:
+  prepare    text -> tokenizer and verified token shards
+  fit        shards -> a trained model (LightningCLI; continues where it was cut off)
+  validate   held-out loss of a checkpoint
+  stream     a model -> endless text, in constant memory
+  evaluate   measure one model under streaming
+  compare    measure several side by side: table, results.json, report.html
+  export     a model -> a Hugging Face folder, its logits checked
+
+MODEL is a run folder, a .ckpt file, a Hugging Face folder or a Hub id (EleutherAI/pythia-160m).
+TEXT is a .txt, .jsonl or .parquet file (also .gz, .xz, .zst), a folder of them, prepared shards,
+or a Hub dataset id.
+"""
+
+EXAMPLE = """\
+example:
+  sinktrain prepare book.txt --out shards --vocab-size 4096
+  sinktrain fit --config pythia-14m --data.path shards --run runs/vanilla
+  sinktrain fit --config pythia-14m --config sink --data.path shards --run runs/sink
+  sinktrain compare runs/vanilla runs/sink --text shards --out runs/compare
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 or 143 when stopped."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    try:
+        return _dispatch(command, arguments)
+    except SinktrainError as error:
+        print(f"{f'sinktrain {command}'.rstrip()}: {_one_line(error)}", file=sys.stderr)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has seen enough: `sinktrain stream … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(command: str, arguments: list[str]) -> int:
+    if command:
+        if command not in COMMANDS:
+            raise ConfigError(f'no command "{command}"{did_you_mean(command, COMMANDS)}; see sinktrain --help')
+        return COMMANDS[command](arguments[1:])
+    if arguments and arguments[0] == "--version":
+        from sinktrain import __version__
+
+        print(f"sinktrain {__version__}")
+        return 0
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise ConfigError(f'no option "{arguments[0]}" before the command; see sinktrain --help')
+    print(f"usage: sinktrain COMMAND …\n\n{DESCRIPTION}\n{EXAMPLE}\nsinktrain COMMAND --help says more.")
+    return 0
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+def _prepare(arguments: list[str]) -> int:
+    parser = _parser(
+        "prepare",
+        "Turn a text into a tokenizer and verified token shards. Cut off, the same command continues.",
+        "sinktrain prepare book.txt --out shards --vocab-size 4096\n"
+        "  sinktrain prepare monology/pile-uncopyrighted --tokenizer EleutherAI/pythia-160m --out shards\n"
+        "  sinktrain prepare --verify shards",
+    )
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="file, folder or Hub dataset id")
+    parser.add_argument("--out", type=Path, help="folder for the shards")
+    parser.add_argument("--tokenizer", metavar="NAME_OR_DIR", help="a Hugging Face tokenizer; otherwise one is trained")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="rows of the trained tokenizer's vocabulary, sinks included"
+    )
+    parser.add_argument("--val-fraction", type=float, metavar="F", help="share of the text that is held out")
+    parser.add_argument("--max-tokens", type=_count, metavar="N", help="stop after so many tokens")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="check the hashes of shards and stop")
+    _add_source_options(parser)
+    options = parser.parse_args(arguments)
+    from sinktrain.data import prepare, shards
+
+    if options.verify is not None:
+        _print_manifest(shards.verify(options.verify), options.verify, options.json)
+        return 0
+    if options.text is None or options.out is None:
+        raise ConfigError("say what to prepare and where to: sinktrain prepare TEXT --out DIR")
+    manifest = prepare.prepare(
+        prepare.PrepareOptions(
+            source=_source(options),
+            out=options.out,
+            tokenizer=options.tokenizer,
+            vocab_size=options.vocab_size,
+            val_fraction=options.val_fraction,
+            max_tokens=options.max_tokens,
+            workers=options.workers,
+        )
+    )
+    _print_manifest(manifest, options.out, options.json)
+    return 0
+
+
+def _fit(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(FIT_HELP)
+        return 0
+    from sinktrain.training.callbacks import Stopped
+    from sinktrain.training.fit import fit
+
+    try:
+        fit(_full_help(arguments))
+    except Stopped as stopped:
+        print(f"sinktrain fit: {stopped} and saved; the same command continues", file=sys.stderr)
+        return 128 + stopped.signum
+    return 0
+
+
+def _validate(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(VALIDATE_HELP)
+        return 0
+    from sinktrain.training.fit import validate
+
+    as_json = "--json" in arguments
+    result = validate(_full_help([argument for argument in arguments if argument != "--json"]))
+    print(json.dumps(result) if as_json else f"held-out loss {result['val/loss']:.4f} nats")
+    return 0
+
+
+def _stream(arguments: list[str]) -> int:
+    parser = _parser(
+        "stream",
+        "Continue a prompt for ever, in constant memory. Ctrl-C ends it.",
+        'sinktrain stream runs/quickstart/sink --prompt "Enter the KING" --max-tokens 500 --stats',
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue; - reads it from stdin")
+    parser.add_argument("--layout", metavar="S+W", help="sinks + window (default: half the trained length)")
+    parser.add_argument("--max-tokens", type=_count, metavar="N", default="inf", help="a number, or inf (default)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--stats", action="store_true", help="speed, cache and position on stderr")
+    _add_model_options(parser)
+    options = parser.parse_args(arguments)
+    _check_sampling(options)
+    _stream_to_stdout(options)
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = _comparison_parser(
+        "evaluate",
+        "Measure one model under streaming: loss by layout, with intervals.",
+        "sinktrain evaluate runs/quickstart/sink --text shards --out runs/evaluate",
+    )
+    parser.add_argument("models", nargs=1, metavar="MODEL")
+    return _compare_models(parser.parse_args(arguments))
+
+
+def _compare(arguments: list[str]) -> int:
+    parser = _comparison_parser(
+        "compare",
+        "Measure models side by side on the same text, differences paired token by token.",
+        "sinktrain compare runs/vanilla runs/sink --text shards --out runs/compare",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    return _compare_models(parser.parse_args(arguments))
+
+
+def _export(arguments: list[str]) -> int:
+    parser = _parser(
+        "export",
+        "Write a Hugging Face folder that plain transformers loads; its logits are checked first.",
+        "sinktrain export runs/quickstart/sink --out sink-model",
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    options = parser.parse_args(arguments)
+    from sinktrain.publishing.export import export
+
+    exported = export(options.model, options.out)
+    print(exported)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": _prepare,
+    "fit": _fit,
+    "validate": _validate,
+    "stream": _stream,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "export": _export,
+}
+
+FIT_HELP = """\
+usage: sinktrain fit --config FILE_OR_NAME [--config OVERLAY …] [--run DIR] [options]
+
+Train a model on prepared shards. Cut off, the same command continues where it was.
+
+  --config NAME       quickstart, pythia-14m, -31m, -70m, -160m, -410m, -1b, -1.4b, or a YAML file;
+                      then overlays: sink, ddp, wandb, tensorboard. Later ones win.
+  --run DIR           run folder (default: runs/ and the names of the configs)
+  --resume WHAT       auto (default), none, or a checkpoint's path
+  --data.path SHARDS  made by sinktrain prepare
+  --data.global_batch N, --data.micro_batch N      samples of a step, and computed at once
+  --trainer.max_steps N, --trainer.devices N       as Lightning has them
+  --model.sink.kind token, --model.init_from MODEL, --model.learning_rate X, …
+  --checkpoint.every_n_steps N, --seed_everything N
+  --print_config      every setting, with its value, as YAML
+  --help-all          every setting, with its meaning (takes some seconds)
+
+example:
+  sinktrain fit --config pythia-160m --config sink --config ddp --data.path shards
+"""
+
+VALIDATE_HELP = """\
+usage: sinktrain validate --config FILE [--ckpt_path PATH] [options of fit] [--json]
+
+Held-out loss of a checkpoint, on the targets that all arms share.
+
+example:
+  sinktrain validate --config runs/quickstart/sink/config.yaml \\
+      --ckpt_path runs/quickstart/sink/checkpoints/last.ckpt
+"""
+
+
+# -- parsing --------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parser(command: str, description: str, example: str) -> _Parser:
+    parser = _Parser(
+        prog=f"sinktrain {command}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if command != "stream":
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _comparison_parser(command: str, description: str, example: str) -> _Parser:
+    parser = _parser(command, description, example)
+    parser.add_argument("--text", required=True, metavar="TEXT", help="text to score; of shards, the held-out split")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, results.md, report.html")
+    parser.add_argument("--layouts", metavar="S+W,…", help="default: 0+N,1+(N-1),2+(N-2),4+(N-4), N half the trained length")
+    parser.add_argument("--policies", default="streaming,dense", metavar="P,…", help="streaming, dense")
+    parser.add_argument("--max-tokens", type=_count, default=65_536, metavar="N", help="of the text (default: 65536)")
+    parser.add_argument("--streams", type=int, default=8, metavar="N", help="parallel streams (default: 8)")
+    _add_source_options(parser)
+    _add_model_options(parser)
+    return parser
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("of the text")
+    group.add_argument("--text-column", metavar="C", help="column of .jsonl, .parquet and Hub datasets (text)")
+    group.add_argument("--subset", metavar="NAME", help="of a Hub dataset")
+    group.add_argument("--split", metavar="S", default="train", help="of a Hub dataset (train)")
+    group.add_argument("--revision", metavar="R", help="of a Hub dataset")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
+
+
+def _count(text: str) -> int | None:
+    """A number of tokens; None for ``inf``."""
+    if text == "inf":
+        return None
+    try:
+        number = int(text.replace("_", ""))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of tokens; use 1 or more, or inf")
+    return number
+
+
+def _full_help(arguments: list[str]) -> list[str]:
+    return ["--help" if argument == "--help-all" else argument for argument in arguments]
+
+
+def _source(options: argparse.Namespace) -> Any:
+    from sinktrain.data.sources import Source
+
+    return Source(options.text, options.text_column, options.subset, options.split, options.revision)
+
+
+def _check_sampling(options: argparse.Namespace) -> None:
+    if options.temperature < 0:
+        raise ConfigError(f"--temperature {options.temperature} is negative; use 0 or more")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p {options.top_p} is not a probability; use more than 0, at most 1")
+    if options.top_k is not None and options.top_k < 1:
+        raise ConfigError(f"--top-k {options.top_k} keeps no token; use 1 or more")
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}; use cpu") from error
+    return name
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def _print_manifest(manifest: Any, folder: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        print(json.dumps(asdict(manifest)))
+        return
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    print(
+        f"{folder}: {train.tokens:,} training and {val.tokens:,} held-out tokens, vocabulary of "
+        f"{manifest.vocab_size:,} padded to {manifest.padded_vocab_size:,}"
+    )
+
+
+def _stream_to_stdout(options: argparse.Namespace) -> None:
+    import torch
+
+    from sinktrain.data.tokenizer import load_tokenizer
+    from sinktrain.model.checkpoints import load_model, require_tokenizer
+    from sinktrain.streaming.decoder import StreamingDecoder
+    from sinktrain.streaming.layout import Layout, stream_layout
+    from sinktrain.streaming.text import stream_text
+
+    tokenizer = load_tokenizer(str(require_tokenizer(options.model)))
+    model = load_model(options.model, _device(options.device), getattr(torch, options.dtype))
+    layout = Layout.parse(options.layout) if options.layout else stream_layout(model.config)
+    decoder = StreamingDecoder(model, layout.sinks, layout.window)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    pieces = stream_text(
+        decoder,
+        tokenizer,
+        prompt,
+        options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    sys.stdout.write(prompt)
+    for piece in _with_stats(pieces, decoder) if options.stats else pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _with_stats(pieces: Any, decoder: Any) -> Any:
+    from sinktrain.progress import progress_bar
+
+    with progress_bar(unit="tok", desc=str(decoder.layout)) as bar:
+        bar.set_postfix_str(f"cache {decoder.cache_bytes / 2**20:.1f} MiB")
+        for piece in pieces:
+            yield piece
+            bar.update()
+    print(
+        f"{bar.n} tokens, {bar.n / bar.format_dict['elapsed']:.1f} tokens/s, layout {decoder.layout}, "
+        f"cache {decoder.cache_bytes:,} bytes, stream position {int(decoder.stream_pos[0]):,}",
+        file=sys.stderr,
+    )
+
+
+def _compare_models(options: argparse.Namespace) -> int:
+    import torch
+
+    from sinktrain.evaluation.compare import Comparison, compare
+    from sinktrain.evaluation.perplexity import POLICIES
+    from sinktrain.report.tables import terminal_table
+    from sinktrain.report.write import check_report_folder, write_report
+    from sinktrain.streaming.layout import Layout
+
+    policies = tuple(options.policies.split(","))
+    for policy in policies:
+        if policy not in POLICIES:
+            hint = did_you_mean(policy, POLICIES)
+            raise ConfigError(f'--policies "{policy}" is not one of {", ".join(POLICIES)}{hint}')
+    check_report_folder(options.out)
+    results = compare(
+        Comparison(
+            models=options.models,
+            text=_source(options),
+            layouts=[Layout.parse(layout) for layout in options.layouts.split(",")] if options.layouts else [],
+            policies=policies,
+            max_tokens=options.max_tokens,
+            num_streams=options.streams,
+            device=_device(options.device),
+            dtype=getattr(torch, options.dtype),
+        )
+    )
+    write_report(results, options.out)
+    print(json.dumps(results) if options.json else terminal_table(results))
+    print(f"report: {options.out / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,36 @@
+"""What a user did wrong, as exceptions: one clear line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SinktrainError(Exception):
+    """A mistake that the user can mend. The message names what was typed and what would do."""
+
+
+class ConfigError(SinktrainError):
+    """A setting, config file or run folder that cannot be used as asked."""
+
+
+class DataError(SinktrainError):
+    """A text, tokenizer or shard that cannot be used as asked."""
+
+
+class ModelError(SinktrainError):
+    """A checkpoint or model folder that cannot be used as asked."""
+
+
+class StreamError(SinktrainError):
+    """A stream that cannot be decoded as asked: layout, sink or tokens."""
+
+
+class ExportError(SinktrainError):
+    """An export that failed its own check, or a folder that it may not write to."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean "…"?`` for the nearest known word, or nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f'; did you mean "{matches[0]}"?' if matches else ""

@@ -1,0 +1,1 @@
+"""From streams to measurements: losses under streaming, and how sure they are."""

@@ -1,0 +1,108 @@
+"""Losses of a model on parallel streams of one text, under each policy and layout, token by token.
+
+Every row of a table scores the same text tokens: those from index N on, N the most slots of any
+layout in it. Streams start with the model's own sinks under every layout; 0+N evicts them in time.
+
+Axes: stream, token (of the text, sinks not counted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sinktrain.errors import DataError
+from sinktrain.model.neox import GPTNeoX
+from sinktrain.streaming.blockwise import stream_loss
+from sinktrain.streaming.layout import Layout
+
+Policy = Literal["streaming", "dense"]
+POLICIES: tuple[Policy, ...] = ("streaming", "dense")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model reads a stream: a row of a table."""
+
+    policy: Policy
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses under one setting.
+
+    Args:
+        losses: float64[stream, token], nats; NaN for the first token, which nothing predicts in every arm.
+        first_scored: index of the first token that the table counts.
+        first_pos: stream position of token 0: the number of sinks in front.
+    """
+
+    setting: Setting
+    losses: NDArray[np.float64]
+    first_scored: int
+    first_pos: int
+
+    @property
+    def scored(self) -> NDArray[np.float64]:
+        """The losses that the table counts, NaN elsewhere: float64[stream, token]."""
+        is_scored = np.arange(self.losses.shape[1]) >= self.first_scored
+        return np.where(is_scored, self.losses, np.nan)
+
+
+def cut_streams(tokens: NDArray[np.int64], num_streams: int, first_scored: int) -> NDArray[np.int64]:
+    """Cut a text into equally long streams, fewer where they would be shorter than four windows.
+
+    Returns:
+        int64[stream, token].
+
+    Raises:
+        DataError: not one stream is longer than the tokens that are not scored.
+    """
+    if len(tokens) < first_scored + 2:
+        raise DataError(
+            f"the text has {len(tokens)} tokens and scoring starts after {first_scored}; "
+            "use a longer text or a smaller layout"
+        )
+    fitting = max(1, min(num_streams, len(tokens) // (4 * first_scored)))
+    length = len(tokens) // fitting
+    return tokens[: fitting * length].reshape(fitting, length)
+
+
+def settings_for(policies: tuple[Policy, ...], layouts: list[Layout], stream_len: int) -> list[Setting]:
+    """The rows of a table; ``dense`` is a stream whose window holds all its tokens, sinks included."""
+    settings = [Setting("streaming", layout) for layout in layouts] if "streaming" in policies else []
+    if "dense" in policies:
+        settings.append(Setting("dense", Layout(0, stream_len)))
+    return settings
+
+
+def measure(
+    model: GPTNeoX, streams: NDArray[np.int64], settings: list[Setting], first_scored: int
+) -> Iterator[Measured]:
+    """Score the streams under each setting.
+
+    Args:
+        streams: int64[stream, token], without sinks.
+        first_scored: index of the first text token that counts.
+    """
+    num_sinks = len(model.sink_ids)
+    sinks = torch.tensor(model.sink_ids, dtype=torch.int64).expand(len(streams), -1)
+    tokens = torch.cat((sinks, torch.from_numpy(streams)), dim=1).to(model.device)
+    for setting in settings:
+        losses = stream_loss(model, tokens, setting.layout.sinks, setting.layout.window).double().cpu().numpy()
+        of_text = np.full(streams.shape, np.nan)
+        of_text[:, 1:] = losses[:, num_sinks:]
+        yield Measured(setting, of_text, first_scored, num_sinks)
+
+
+def dense_bytes(model: GPTNeoX, num_streams: int, stream_len: int) -> int:
+    """Memory of a cache that keeps every token of the streams."""
+    network = model.config.network
+    width = 2 * network.hidden_size + network.num_attention_heads * network.rotary_ndims
+    return network.num_hidden_layers * num_streams * stream_len * width * model.dtype.itemsize

@@ -1,0 +1,1 @@
+"""The network, what a sink is, and how checkpoints become models."""

@@ -1,0 +1,209 @@
+"""A model as a Hugging Face folder, checked with plain transformers before it gets its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from sinktrain.data.tokenizer import Tokenizer, load_tokenizer, sink_token_name
+from sinktrain.errors import ExportError
+from sinktrain.files import atomic_path, write_json, write_text
+from sinktrain.model.checkpoints import CHECKPOINT_KEY, ModelSource, describe, find_tokenizer, load_model
+from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.transformers_format import to_transformers_config
+from sinktrain.publishing.card import model_card
+
+CHECKED_LENGTHS = (1, 2, 33, 256)
+ABSOLUTE_TOLERANCE = 1e-4
+RELATIVE_TOLERANCE = 1e-5  # of the largest logit: float32 keeps no more of logits beyond 10
+CHECKED_TEXTS = ("A first line.", "A second one, longer, so that the first is padded.")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export.
+
+    Args:
+        folder: where it is.
+        max_logit_diff: largest difference between transformers' logits and ours, float32 on the CPU.
+        has_tokenizer: whether tokenizer files are in it; a model without a tokenizer has none to give.
+    """
+
+    folder: Path
+    max_logit_diff: float
+    has_tokenizer: bool
+
+
+def export(source: str | Path, out: str | Path) -> Exported:
+    """Write ``source``, any form of MODEL, to the new folder ``out`` in transformers' format, float32.
+
+    The folder appears complete and checked, or not at all.
+
+    Raises:
+        ModelError, DataError: the model or its tokenizer cannot be read.
+        ExportError: ``out`` is taken or cannot be written, the tokenizer is another model's, or plain
+            transformers does not give our logits and tokens.
+    """
+    out = Path(out).expanduser().resolve()
+    _check_free(out)
+    model = load_model(source)
+    tokenizer_folder = find_tokenizer(source)
+    tokenizer = load_tokenizer(str(tokenizer_folder)) if tokenizer_folder else None
+    if tokenizer:
+        _check_belongs(tokenizer, model, source)
+    origin = describe(source)
+    with _folder_in_making(out) as folder:
+        _write_model(folder, model, tokenizer, origin)
+        if tokenizer:
+            _write_tokenizer(folder, model, tokenizer)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        write_text(folder / "README.md", model_card(out.name, model.config, num_parameters, origin))
+        with _quiet_transformers():
+            max_logit_diff = _check_logits(folder, model)
+            if tokenizer:
+                _check_tokenizer(folder, model, tokenizer)
+    return Exported(out, max_logit_diff, tokenizer is not None)
+
+
+def _check_free(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise ExportError(f"{out} is there already and stays as it is; name a new folder or remove that one")
+
+
+def _check_belongs(tokenizer: Tokenizer, model: GPTNeoX, source: str | Path) -> None:
+    remedy = "put there the tokenizer that it was trained with"
+    num_rows = model.config.vocab_size
+    if tokenizer.vocab_size > num_rows:
+        raise ExportError(
+            f"{source} has a tokenizer of {tokenizer.vocab_size} ids but {num_rows} rows for them; {remedy}"
+        )
+    reserved = list(tokenizer.sink_token_ids[: len(model.sink_ids)])
+    if model.sink_ids != reserved:
+        raise ExportError(
+            f"{source} has the sinks {model.sink_ids} but its tokenizer keeps {reserved} for them; {remedy}"
+        )
+
+
+@contextmanager
+def _folder_in_making(out: Path) -> Iterator[Path]:
+    """Give a hidden folder to fill, which becomes ``out`` on success and is gone otherwise."""
+    home = next(parent for parent in out.parents if parent.exists())
+    folder = home / f".{out.name}.tmp-{os.getpid()}"
+    try:
+        folder.mkdir()
+        yield folder
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.replace(out)
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        raise ExportError(f"{out} cannot be written: {reason}; name another folder") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_model(folder: Path, model: GPTNeoX, tokenizer: Tokenizer | None, origin: ModelSource) -> None:
+    from safetensors.torch import save_file
+
+    bos = model.sink_ids[-1] if model.sink_ids else None
+    eos = tokenizer.eos_token_id if tokenizer else None
+    config = to_transformers_config(model.config, bos, eos)
+    facts = {key: value for key, value in asdict(origin).items() if key not in ("name", "source")}
+    write_json(folder / "config.json", config | {CHECKPOINT_KEY: facts})
+    write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+        | {"suppress_tokens": _never_generated(model, tokenizer)},
+    )
+    with atomic_path(folder / "model.safetensors") as path:
+        save_file(model.state_dict(), path, metadata={"format": "pt"})
+        path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read it
+
+
+def _never_generated(model: GPTNeoX, tokenizer: Tokenizer | None) -> list[int] | None:
+    """Ids without a text: the sinks and the rows of padding; null stands for none."""
+    ids = list(range(tokenizer.vocab_size, model.config.vocab_size)) if tokenizer else model.sink_ids
+    return ids or None
+
+
+def _write_tokenizer(folder: Path, model: GPTNeoX, tokenizer: Tokenizer) -> None:
+    num_sinks = len(model.sink_ids)
+    write_text(folder / "tokenizer.json", tokenizer.with_sinks(num_sinks).to_str(pretty=True))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # 4.57 does not know the name that 5 writes
+            "bos_token": sink_token_name(num_sinks - 1) if num_sinks else None,
+            "eos_token": tokenizer.eos_token,
+            "pad_token": tokenizer.eos_token,
+            "padding_side": "left",
+            "model_max_length": model.config.network.max_position_embeddings,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def _check_logits(folder: Path, model: GPTNeoX) -> float:
+    """Largest difference of logits on random tokens; ExportError if it is more than rounding."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    generator = torch.Generator().manual_seed(0)
+    largest, tolerance = 0.0, ABSOLUTE_TOLERANCE
+    for length in CHECKED_LENGTHS:
+        seq = min(length, model.config.network.max_position_embeddings)
+        tokens = torch.randint(model.config.vocab_size, (2, seq), generator=generator)
+        with torch.inference_mode():
+            ours, found = model(tokens), theirs(tokens).logits
+        largest = max(largest, (found - ours).abs().max().nan_to_num(torch.inf).item())
+        tolerance = max(tolerance, RELATIVE_TOLERANCE * ours.abs().max().item())
+    if largest > tolerance:
+        raise ExportError(
+            f"transformers' logits differ from ours by {largest:.2g}, more than {tolerance:.2g}; "
+            "nothing was written: please report it, with the model's config"
+        )
+    return largest
+
+
+def _check_tokenizer(folder: Path, model: GPTNeoX, tokenizer: Tokenizer) -> None:
+    """ExportError unless a text, a pair and a padded batch each start with the sinks, and hold them once."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    first, second = tokenizer.encode_batch(list(CHECKED_TEXTS))
+    batch = theirs(list(CHECKED_TEXTS), padding=True)
+    rows = [
+        [token for token, is_seen in zip(ids, mask, strict=True) if is_seen]
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    pair = theirs(*CHECKED_TEXTS)["input_ids"]
+    expected = [model.sink_ids + ids for ids in (first, second, first + second)]
+    if [*rows, pair] != expected:
+        raise ExportError(
+            f"transformers' tokens differ from ours: {[*rows, pair]}, not {expected}; "
+            "nothing was written: please report it, with the tokenizer's name"
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice while our own folder is read back."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

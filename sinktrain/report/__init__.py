@@ -1,0 +1,1 @@
+"""From measurements to what people read: tables, pictures, one page."""

@@ -1,0 +1,28 @@
+"""The three files of a report: results.json, results.md, report.html."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sinktrain.errors import ConfigError
+from sinktrain.files import write_json, write_text
+from sinktrain.report.findings import Results
+from sinktrain.report.page import report_page
+from sinktrain.report.tables import results_markdown
+
+
+def check_report_folder(out: Path) -> None:
+    """Raise ConfigError if ``out`` holds something other than an earlier report."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file()):
+        raise ConfigError(f"--out {out} holds something that is not a report; choose another folder")
+
+
+def write_report(results: Results, out: Path) -> None:
+    """Write all three into ``out``, each whole or not at all; a report that stood there is replaced.
+
+    Raises:
+        ValueError: a number in ``results`` is NaN or infinite, which JSON can't say.
+    """
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", results_markdown(results))
+    write_text(out / "report.html", report_page(results))

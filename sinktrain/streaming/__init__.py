@@ -1,0 +1,1 @@
+"""Endless decoding and exact evaluation with a cache of constant size."""

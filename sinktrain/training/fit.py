@@ -1,0 +1,291 @@
+"""``sinktrain fit`` and ``sinktrain validate``: configs and options, by LightningCLI, to a run."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from sinktrain.data.datamodule import WindowData
+from sinktrain.data.tokenizer import TOKENIZER_FILE
+from sinktrain.errors import ConfigError, did_you_mean
+from sinktrain.files import write_text
+from sinktrain.training.callbacks import (
+    CheckpointSettings,
+    Checkpoints,
+    Metrics,
+    ProgressBar,
+    Stopped,
+    StopOnSignal,
+)
+from sinktrain.training.metrics_table import MetricsTable
+from sinktrain.training.module import Pretraining, arm_name
+from sinktrain.training.run import RunFolder
+
+TRAINER_DEFAULTS = {
+    "accelerator": "auto",
+    "devices": 1,
+    "max_epochs": -1,  # one endless epoch: the loader never ends, max_steps does
+    "max_steps": -1,
+    "val_check_interval": 1000,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "logger": False,  # metrics.csv is always written; overlays add others
+    "enable_checkpointing": False,  # ours are atomic
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+def fit(args: list[str]) -> None:
+    """Train, or continue, the run that the command line describes.
+
+    Raises:
+        ConfigError: a setting, config or run folder that cannot be used.
+        Stopped: by a signal, after saving.
+    """
+    _quiet_lightning()
+    cli = _Cli(args)
+    run = RunFolder(Path(cli.config.run or default_run(args)))
+    identity = cli.identity()
+    checkpoint = run.checkpoint_to_resume(cli.config.resume, identity) if _is_rank_zero() else _last(cli, run)
+    if _is_rank_zero():
+        _announce(run, checkpoint, cli)
+        run.prepare(cli.datamodule.path / TOKENIZER_FILE)
+        write_text(run.path / "config.yaml", cli.dump())
+        run.write_manifest(identity, arm=arm_name(cli.model.sink), is_finished=False)
+    trainer = cli.make_trainer(run)
+    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        _finish(run, identity, cli, trainer)
+
+
+def validate(args: list[str]) -> dict[str, float]:
+    """Held-out loss of a checkpoint: ``{"val/loss": nats}``.
+
+    Raises:
+        ConfigError: a setting, config or checkpoint that cannot be used.
+    """
+    _quiet_lightning()
+    cli = _Cli(args)
+    checkpoint = cli.config.ckpt_path
+    if checkpoint is None or not Path(checkpoint).exists():
+        raise ConfigError(f"--ckpt_path {checkpoint}: there is no such checkpoint; pass one of a run's checkpoints/")
+    trainer = cli.make_trainer(run=None)
+    (result,) = trainer.validate(
+        cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False
+    )
+    return dict(result)
+
+
+# -- configs by name ------------------------------------------------------------------------------
+
+
+def config_folder() -> Path:
+    """Where the shipped configs are: in an installed wheel, or beside the package in its repository."""
+    package = Path(str(files("sinktrain")))
+    installed = package / "_configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A config file by its path, or by the name of a shipped one.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in config_folder().glob("*.yaml")}
+    if name in shipped:
+        return shipped[name]
+    hint = did_you_mean(name, shipped)
+    raise ConfigError(f"--config {name}: no such file, and no shipped config of that name{hint}")
+
+
+def default_run(args: list[str]) -> str:
+    """``runs/`` and the names of the configs, so that arms never share a folder."""
+    names = [Path(value).stem for value in _config_values(args)]
+    return str(Path("runs") / "-".join(names)) if names else "runs/run"
+
+
+def _config_values(args: list[str]) -> list[str]:
+    values = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    pairs = zip(args, args[1:], strict=False)
+    return values + [value for flag, value in pairs if flag in ("--config", "-c")]
+
+
+def _with_config_paths(args: list[str]) -> list[str]:
+    resolved = list(args)
+    for index, arg in enumerate(args):
+        if arg.startswith("--config="):
+            resolved[index] = f"--config={find_config(arg.partition('=')[2])}"
+        elif index and args[index - 1] in ("--config", "-c"):
+            resolved[index] = str(find_config(arg))
+    return resolved
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(_plain_message(message, self)) from ex
+
+
+class _Cli(LightningCLI):
+    """LightningCLI without subcommands (each costs seconds to build) and without what it decides for us."""
+
+    config: Any
+    model: Pretraining
+    datamodule: WindowData
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            Pretraining,
+            WindowData,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=1234,
+            parser_class=_Parser,
+            args=_with_config_paths(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str | None, default=None, help="run folder; runs/ + config names when null")
+        parser.add_argument("--resume", default="auto", help="auto, none or a checkpoint's path")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint that validate scores")
+        parser.add_class_arguments(CheckpointSettings, "checkpoint")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        """Made by ``make_trainer`` once the run folder is known."""
+        return None
+
+    def make_trainer(self, run: RunFolder | None) -> pl.Trainer:
+        """The Trainer of a run; without a run, one that only validates."""
+        settings = dict(self.config_init.trainer)
+        if settings.get("precision") in ("16-mixed", "16-true"):
+            raise ConfigError(f"trainer.precision {settings['precision']} is not supported; use bf16-mixed or 32-true")
+        settings["callbacks"] = list(settings.get("callbacks") or [])
+        if run is None:
+            return pl.Trainer(**settings | {"enable_progress_bar": False, "logger": False})
+        metrics = Metrics(MetricsTable(run.path / "metrics.csv"))
+        checkpoints = Checkpoints(run.checkpoints, self.config_init.checkpoint)
+        ours = [metrics, checkpoints, StopOnSignal(checkpoints)]
+        if settings.get("enable_progress_bar") is not False:
+            ours.append(ProgressBar(metrics))
+        return pl.Trainer(**settings | {"callbacks": settings["callbacks"] + ours, "default_root_dir": run.path})
+
+    def identity(self) -> dict[str, Any]:
+        """What a run folder must agree on to be continued."""
+        return {
+            "model": self.model.model_config(self.datamodule).to_dict(),
+            "init_from": self.model.init_from,
+            "data_fingerprint": self.datamodule.manifest.fingerprint,
+            "score_sink": self.datamodule.score_sink,
+            "seed_everything": self.config.seed_everything,
+        }
+
+    def dump(self) -> str:
+        text: str = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
+        return text
+
+
+def _plain_message(message: str, parser: LightningArgumentParser) -> str:
+    """jsonargparse's message in one line that names the setting, and the one that was probably meant."""
+    text = " ".join(message.split())
+    unknown = re.search(r"[Oo]ption '([\w.\-+]+)' is not accepted|'([\w.]+)' is not expected|[Uu]nrecognized arguments: (\S+)", text)
+    if unknown:
+        name = next(group for group in unknown.groups() if group).lstrip("-").partition("=")[0]
+        known = [action.dest for action in parser._actions]
+        return f'unknown setting "{name}"{did_you_mean(name, known)}'
+    return text
+
+
+# -- the steps of a run ---------------------------------------------------------------------------
+
+
+def _is_rank_zero() -> bool:
+    return rank_zero_only.rank == 0
+
+
+def _last(cli: _Cli, run: RunFolder) -> Path | None:
+    """What rank 0 resumes from; only rank 0 checks the folder, which it is writing to already."""
+    if cli.config.resume == "auto":
+        return run.last if run.last.exists() else None
+    return None if cli.config.resume == "none" else Path(cli.config.resume)
+
+
+def _announce(run: RunFolder, checkpoint: Path | None, cli: _Cli) -> None:
+    config = cli.model.model_config(cli.datamodule)
+    num_parameters = "?"
+    with torch.device("meta"):
+        from sinktrain.model.neox import GPTNeoX
+
+        num_parameters = f"{sum(p.numel() for p in GPTNeoX(config).parameters()) / 1e6:.1f}m"
+    start = "from the start" if checkpoint is None else f"from {checkpoint.resolve().name}"
+    _say(f"{run.path}: {arm_name(config.sink)}, {num_parameters} parameters, {start}")
+    before = run.path / "config.yaml"
+    if checkpoint is not None and before.exists():
+        for line in _changed_lines(before.read_text(encoding="utf-8"), cli.dump()):
+            _say(f"  changed since the last start: {line}")
+
+
+def _changed_lines(before: str, after: str) -> list[str]:
+    old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(after))
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _finish(run: RunFolder, identity: dict[str, Any], cli: _Cli, trainer: pl.Trainer) -> None:
+    val_loss = trainer.callback_metrics.get("val/loss")
+    facts = {
+        "arm": arm_name(cli.model.sink),
+        "is_finished": True,
+        "global_step": trainer.global_step,
+        "tokens_seen": cli.datamodule.samples_consumed * cli.datamodule.seq_len,
+        "val_loss_nats": None if val_loss is None else float(val_loss),
+    }
+    run.write_manifest(identity, **facts)
+    held_out = "" if val_loss is None else f", held-out loss {float(val_loss):.4f} nats"
+    _say(f"{run.path}: finished at step {trainer.global_step}{held_out}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _quiet_lightning() -> None:
+    """Silence what says nothing about the run: hardware that is absent, tips, known deprecations."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (".*LeafSpec.*", ".*does not have many workers.*", ".*`isinstance\\(treespec.*", ".*litlogger.*"):
+        warnings.filterwarnings("ignore", message=text)

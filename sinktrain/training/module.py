@@ -1,0 +1,248 @@
+"""The training step: one optimizer step a batch, gradients accumulated over micro-batches inside it.
+
+Lightning's batch is a rank's whole share of a global batch. So what Lightning does per batch (hooks,
+a broadcast in a distributed run) happens once a step, batches and optimizer steps are counted alike,
+and a run continues on another number of devices or with other micro-batches without a remainder.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from sinktrain import __version__
+from sinktrain.data.datamodule import WindowData
+from sinktrain.data.windows import IGNORED, insert_sinks, shared_targets
+from sinktrain.errors import ConfigError
+from sinktrain.model.checkpoints import CHECKPOINT_KEY, FORMAT_VERSION, load_model
+from sinktrain.model.config import ModelConfig, NetworkConfig, SinkConfig
+from sinktrain.model.init import initialize
+from sinktrain.model.loss import token_losses
+from sinktrain.model.neox import GPTNeoX
+from sinktrain.training.optim import adamw
+from sinktrain.training.schedule import Schedule
+
+
+class Pretraining(pl.LightningModule):
+    """A GPT-NeoX model and how it is trained; Pythia's recipe by default.
+
+    Args:
+        network: sizes of the network.
+        sink: what the model is trained to lean on; ``none`` is vanilla.
+        learning_rate: peak, after warm-up.
+        schedule: ``cosine`` or ``wsd`` (warm-up, stable, decay).
+        warmup_steps: linear warm-up; 1% of ``trainer.max_steps`` when null.
+        decay_steps: length of the decay of ``wsd``; 20% of ``trainer.max_steps`` when null.
+        min_lr_ratio: share of the peak that the decay ends at.
+        weight_decay: on everything but LayerNorm parameters and biases.
+        betas: AdamW's.
+        eps: AdamW's.
+        clip_norm: largest norm of the gradient.
+        compile: compile the network in place; on CUDA only when null.
+        init_from: a MODEL whose weights training starts from, instead of Pythia's initialisation.
+        seed: of the initialisation; ``seed_everything``.
+    """
+
+    network: GPTNeoX | None
+
+    def __init__(
+        self,
+        network: NetworkConfig = NetworkConfig(),
+        sink: SinkConfig = SinkConfig(),
+        learning_rate: float = 6e-4,
+        schedule: Literal["cosine", "wsd"] = "cosine",
+        warmup_steps: int | None = None,
+        decay_steps: int | None = None,
+        min_lr_ratio: float = 0.1,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        clip_norm: float = 1.0,
+        compile: bool | None = None,
+        init_from: str | None = None,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network_config = network
+        self.sink = sink
+        self.learning_rate = learning_rate
+        self.schedule_kind = schedule
+        self.warmup_steps = warmup_steps
+        self.decay_steps = decay_steps
+        self.min_lr_ratio = min_lr_ratio
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.eps = eps
+        self.clip_norm = clip_norm
+        self.should_compile = compile
+        self.init_from = init_from
+        self.seed = seed
+        self.network = None
+        self.token_losses = token_losses
+        self.train_loss: Tensor | None = None
+        self.grad_norm: Tensor | None = None
+        self._rng: dict[str, Any] | None = None
+
+    # -- the model --------------------------------------------------------------------------------
+
+    def model_config(self, data: WindowData) -> ModelConfig:
+        """What is trained on this data: sizes and sink ids that the settings leave open come from the shards."""
+        manifest = data.manifest
+        source = load_model(self.init_from).config.network if self.init_from else self.network_config
+        vocab_size = source.vocab_size or manifest.padded_vocab_size
+        if vocab_size < manifest.padded_vocab_size:
+            raise ConfigError(
+                f"model.network.vocab_size is {vocab_size} but the shards need {manifest.padded_vocab_size} rows; "
+                "leave it out to take the shards'"
+            )
+        sizes = vars(source) | {"vocab_size": vocab_size, "max_position_embeddings": data.seq_len}
+        token_ids = self.sink.token_ids or tuple(manifest.sink_token_ids[: self.sink.count])
+        return ModelConfig(NetworkConfig(**sizes), SinkConfig(self.sink.kind, self.sink.count, token_ids))
+
+    def configure_model(self) -> None:
+        if self.network is not None:
+            return
+        self.network = GPTNeoX(self.model_config(self._data))
+        if self.init_from:
+            self.network.load_state_dict(load_model(self.init_from).state_dict())
+        else:
+            initialize(self.network, self.seed)
+        use_cuda = self.trainer.strategy.root_device.type == "cuda"
+        if self.should_compile or (self.should_compile is None and use_cuda):
+            self.network.compile(dynamic=False)
+            self.token_losses = torch.compile(token_losses, dynamic=False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self._network, self.learning_rate, self.weight_decay, self.betas, self.eps)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(
+            self.schedule_kind,
+            self.learning_rate,
+            self.min_lr_ratio,
+            self.warmup_steps,
+            self.decay_steps,
+            self.trainer.max_steps,
+        )
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def training_step(self, windows: Tensor, batch_idx: int) -> None:
+        """One optimizer step on this rank's share of a global batch: int64[rows, seq + 1]."""
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(self.trainer.global_step)
+        micro_batches = windows.split(self._data.rows_at_once)
+        losses = []
+        for number, micro_batch in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            with nullcontext() if is_last else self._no_gradient_sync():
+                losses.append(self._backward(micro_batch, len(windows)))
+        self.train_loss = torch.stack(losses).sum()
+        self.grad_norm = clip_grad_norm_(self._network.parameters(), self.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, windows: Tensor, rows_in_step: int) -> Tensor:
+        """Add a micro-batch's share to the gradient; returns its share of the step's mean loss."""
+        inputs, targets = self._inputs_and_targets(windows)
+        scored_each = targets.shape[1] - max(0, self.sink.count - self._data.score_sink)
+        losses = self.token_losses(self._network(inputs), targets)
+        loss = losses.sum() / (rows_in_step * scored_each)
+        self.manual_backward(loss)
+        return loss.detach()
+
+    def _inputs_and_targets(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        sink_ids = torch.tensor(self._network.sink_ids, dtype=windows.dtype, device=windows.device)
+        return insert_sinks(windows, sink_ids, self._data.score_sink)
+
+    def _no_gradient_sync(self) -> AbstractContextManager[None]:
+        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        return cast(AbstractContextManager[None], block())
+
+    # -- held-out loss ----------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_sum = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Score the targets that all arms share; batch as ``WindowData.val_dataloader`` gives it."""
+        windows, is_real = batch
+        inputs, targets = self._inputs_and_targets(windows)
+        is_shared = torch.zeros_like(targets, dtype=torch.bool)
+        is_shared[:, shared_targets(targets.shape[1], self.sink.count)] = True
+        scored = targets.masked_fill(~(is_shared & is_real[:, None]), IGNORED)
+        losses = self.token_losses(self._network(inputs), scored)
+        self._val_sum += torch.stack((losses.sum(dtype=torch.float64), (scored != IGNORED).sum()))
+
+    def on_validation_epoch_end(self) -> None:
+        total = self.trainer.strategy.reduce(self._val_sum, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        self.log("val/loss", (total[0] / total[1]).float(), logger=False)
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self._data
+        checkpoint[CHECKPOINT_KEY] = {
+            "format_version": FORMAT_VERSION,
+            "code_version": __version__,
+            "model": self._network.config.to_dict(),
+            "arm": arm_name(self.sink),
+            "seed": self.seed,
+            "data_fingerprint": data.manifest.fingerprint,
+            "samples_consumed": data.samples_consumed,
+            "tokens_seen": data.samples_consumed * data.seq_len,
+            "rng": _rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._rng = checkpoint[CHECKPOINT_KEY]["rng"]
+
+    def on_train_start(self) -> None:
+        if self._rng is not None:
+            _restore_rng(self._rng)
+
+    @property
+    def _network(self) -> GPTNeoX:
+        assert self.network is not None, "configure_model has not run"
+        return self.network
+
+    @property
+    def _data(self) -> WindowData:
+        return cast(WindowData, cast(Any, self.trainer).datamodule)
+
+
+def arm_name(sink: SinkConfig) -> str:
+    """``vanilla``, ``token``, ``token-2``: what tells a run from its siblings."""
+    if sink.kind == "none":
+        return "vanilla"
+    return sink.kind if sink.count == 1 else f"{sink.kind}-{sink.count}"
+
+
+def _rng_state() -> dict[str, Any]:
+    """Random states of torch, CUDA, numpy and Python, in types that a weights-only load accepts."""
+    name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
