@@ -40,7 +40,7 @@ def tiny_model(
     with torch.no_grad():
         for parameter in model.parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(drawn * (0.3 if parameter.dim() > 1 else 0.1))
+            parameter.copy_(drawn * (1.7 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1))
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter += 1
@@ -131,13 +131,12 @@ def _token_logits(model: GPTNeoX, weights: dict[str, Array], token: int, attend:
 def _rotate(model: GPTNeoX, x: Array, position: int) -> Array:
     """Rotate float64[head, head_dim]: dimensions i and i + half turn together."""
     network = model.config.network
-    turned = x.copy()
     half = int(network.head_dim * network.rotary_pct) // 2
-    for i in range(half):
-        angle = position * network.rotary_emb_base ** (-i / half)
-        cos, sin = math.cos(angle), math.sin(angle)
-        turned[:, i] = x[:, i] * cos - x[:, i + half] * sin
-        turned[:, i + half] = x[:, i + half] * cos + x[:, i] * sin
+    angle = position * network.rotary_emb_base ** (-np.arange(half) / max(half, 1))
+    cos, sin = np.cos(angle), np.sin(angle)
+    turned = x.copy()
+    turned[:, :half] = x[:, :half] * cos - x[:, half : 2 * half] * sin
+    turned[:, half : 2 * half] = x[:, half : 2 * half] * cos + x[:, :half] * sin
     return turned
 
 

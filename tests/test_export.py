@@ -135,6 +135,15 @@ def test_sinks_stand_in_front_exactly_once(exported: tuple[GPTNeoX, Path], token
     assert theirs.model_max_length == TRAINED_LENGTH
 
 
+def test_text_that_spells_a_sink_can_be_read_as_text(exported: tuple[GPTNeoX, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    model, folder = exported
+    theirs = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+    ids = theirs("a <|sink|> b").input_ids
+    assert [token for token in ids if token in model.sink_ids] == model.sink_ids
+
+
 def test_exported_tokenizer_is_read_as_the_one_it_came_from(
     exported: tuple[GPTNeoX, Path], tokenizer: Tokenizer
 ) -> None:
@@ -337,11 +346,12 @@ for folder in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         difference = (model(expected["tokens"]).logits - expected["logits"]).abs().max().item()
+        scale = expected["logits"].abs().max().item()
     generated = pipeline("text-generation", model=folder)(
         expected["text"], max_new_tokens=12, min_new_tokens=12, return_tensors=True
     )[0]["generated_token_ids"]
     print(json.dumps({
-        "transformers": transformers.__version__, "folder": folder, "difference": difference,
+        "transformers": transformers.__version__, "folder": folder, "difference": difference, "scale": scale,
         "problems": [value for value in loading.values() if value], "dtype": str(model.dtype),
         "same_ids": tokenizer(expected["text"]).input_ids == expected["ids"],
         "starts_with_sink": generated[: len(expected["ids"])] == expected["ids"],
@@ -375,7 +385,7 @@ def test_transformers_4_gives_our_logits_and_tokens(tmp_path: Path, tokenizer: T
     print(run_there.stdout)
     for line in run_there.stdout.splitlines():
         seen = json.loads(line)
-        assert seen["difference"] < 1e-5, seen
+        assert seen["difference"] < 1e-6 * seen["scale"], seen
         assert seen["problems"] == [], seen
         assert seen["same_ids"], seen
         assert seen["starts_with_sink"], seen

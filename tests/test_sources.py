@@ -16,7 +16,15 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sinktrain.data.sources import Source, documents, hub_documents, is_held_out, is_shards, pieces
+from sinktrain.data.sources import (
+    Source,
+    documents,
+    hub_documents,
+    is_held_out,
+    is_shards,
+    pieces,
+    plain_bytes,
+)
 from sinktrain.errors import DataError
 
 
@@ -104,6 +112,14 @@ def test_another_column_can_hold_the_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(parquet_bytes({"body": ["kept"]}, tmp_path / "table"))
     assert read(path, text_column="body") == ["kept"]
+
+
+def test_plain_bytes_are_known_for_plain_text_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("süß")
+    (tmp_path / "b.jsonl").write_text('{"text": ""}')
+    assert plain_bytes(Source(str(tmp_path))) == 5 + 12
+    (tmp_path / "c.txt.gz").touch()
+    assert plain_bytes(Source(str(tmp_path))) is None
 
 
 def test_missing_file_names_its_likely_sibling(tmp_path: Path) -> None:
@@ -249,7 +265,9 @@ class TestHub:
         assert list(hub_documents(Source(str(folder), split="test"))) == ["test one", "test two"]
 
     def test_unknown_column_names_those_there_are(self, folder: Path) -> None:
-        with pytest.raises(DataError, match=r'no column "txt"; did you mean "text"[?]; there is "text", "id"'):
+        with pytest.raises(
+            DataError, match=r'no column "txt"; did you mean "text"[?]; there is "text", "id"'
+        ):
             list(hub_documents(Source(str(folder), text_column="txt")))
 
     def test_unknown_split_is_one_line(self, folder: Path) -> None:

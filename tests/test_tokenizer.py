@@ -250,6 +250,9 @@ class TestTransformers:
 
     def test_folder_that_cannot_be_converted_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
+        assert message_of(str(tmp_path)) == f"{tmp_path}: no tokenizer.json in this folder"
+        (tmp_path / "vocab.json").write_text("not json\n\n")
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
         assert "no tokenizer.json, and transformers cannot make one: " in message_of(str(tmp_path))
 
 

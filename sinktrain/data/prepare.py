@@ -39,7 +39,7 @@ from sinktrain.data.shards import (
     read_manifest,
     token_dtype,
 )
-from sinktrain.data.sources import Source, documents, is_held_out, local_files, pieces
+from sinktrain.data.sources import Source, documents, is_held_out, local_files, pieces, plain_bytes
 from sinktrain.data.tokenizer import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -174,7 +174,7 @@ class _Plan:
 
     piece_bytes: int
     val_fraction: float
-    text_bytes: int | None  # of all documents, where that is known
+    text_bytes: int | None  # of all documents, where that is nearly known
 
 
 def _planned(options: PrepareOptions) -> _Plan:
@@ -186,7 +186,8 @@ def _planned(options: PrepareOptions) -> _Plan:
         piece_bytes = max(SMALLEST_PIECE_BYTES, measured // SMALL_TEXT_PIECES)
     smallest, largest = VAL_FRACTIONS
     val_fraction = options.val_fraction or min(max(VAL_BYTES / measured, smallest), largest)
-    return _Plan(piece_bytes, val_fraction, measured if measured < MEASURED_BYTES else None)
+    text_bytes = measured if measured < MEASURED_BYTES else plain_bytes(options.source)
+    return _Plan(piece_bytes, val_fraction, text_bytes)
 
 
 def _measured(source: Source) -> int:
@@ -452,15 +453,17 @@ def _encoded(
 def _encode(tokenizer: Tokenizer, task: list[_Segment]) -> list[Ids]:
     dtype = little_endian(token_dtype(tokenizer.vocab_size))
     end = [tokenizer.eos_token_id]
+    encoded = tokenizer.encode_batch([segment.text for segment in task])
     return [
-        np.array(tokenizer.encode(segment.text) + (end if segment.ends_run else []), dtype=dtype)
-        for segment in task
+        np.array(ids + end if segment.ends_run else ids, dtype=dtype)
+        for segment, ids in zip(task, encoded, strict=True)
     ]
 
 
 def _start_worker(folder: str) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a whole group gets them; they are the parent's to answer
+        signal.signal(stop, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each CPU
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     _worker_tokenizer = load_tokenizer(folder)

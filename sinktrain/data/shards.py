@@ -112,18 +112,12 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.get("format_version")
-    except (ValueError, AttributeError):
-        raise DataError(f"{path}: not a manifest; prepare the text again into another folder") from None
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format_version {version}, but this sinktrain reads {FORMAT_VERSION};"
-            " prepare the text again into another folder"
-        )
-    try:
-        return _manifest_of(content)
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a manifest of shards: {error}") from None
+        version = content["format_version"]
+        if version == FORMAT_VERSION:
+            return _manifest_of(content)
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{path}: not a manifest of shards; {_AGAIN}") from None
+    raise DataError(f"{path}: format_version {version}, but this sinktrain reads {FORMAT_VERSION}; {_AGAIN}")
 
 
 class TokenSplit:

@@ -105,6 +105,14 @@ def local_files(source: Source) -> list[Path]:
     return [path]
 
 
+def plain_bytes(source: Source) -> int | None:
+    """Return the bytes of a local text as its files have them, or None if some are not plain text."""
+    files = local_files(source)
+    if any(_format_of(path) not in ((".txt", ""), (".jsonl", "")) for path in files):
+        return None
+    return sum(path.stat().st_size for path in files)
+
+
 def hub_documents(source: Source) -> Iterator[str]:
     """Stream the documents of a dataset through ``datasets``, without a full copy on disk."""
     try:
@@ -123,7 +131,7 @@ def hub_documents(source: Source) -> Iterator[str]:
         raise
     except Exception as error:  # datasets, huggingface_hub, fsspec and the HTTP clients share no base class
         raise DataError(
-            f"{source.location}: no such file or folder, and not a readable Hub dataset: {_first_line(error)}"
+            f"{source.location}: no such file or folder, and not a readable Hub dataset: {first_line(error)}"
         ) from error
 
 
@@ -146,6 +154,11 @@ def is_held_out(piece: str, fraction: float) -> bool:
     """Whether a piece belongs to the held-out text. Depends on its words alone: twins stay together."""
     digest = hashlib.sha256(piece.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of a library says, short enough for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _piece_end(text: bytes, begin: int, limit: int) -> int:
@@ -212,7 +225,7 @@ def _file_documents(path: Path, source: Source) -> Iterator[str]:
         with open_file() as stream:
             yield from read(path, stream, source)
     except DAMAGE as error:
-        raise DataError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _opener(path: Path, compression: str) -> Callable[[], BinaryIO]:
@@ -276,7 +289,7 @@ def _parquet_documents(path: Path, stream: BinaryIO, source: Source) -> Iterator
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 yield from (_text_of(row, source, str(path)) for row in batch.to_pylist())
         except pyarrow.ArrowException as error:
-            raise DataError(f"{path}: cannot be read: {_first_line(error)}") from error
+            raise DataError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 @contextmanager
@@ -320,7 +333,3 @@ def _decoded(text: bytes, path: Path, offset: int) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {offset + error.start}") from None
     return decoded if offset else decoded.removeprefix(BYTE_ORDER_MARK)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from sinktrain.data.sources import first_line
 from sinktrain.errors import DataError, did_you_mean
 from sinktrain.files import write_json, write_text
 
@@ -22,10 +23,9 @@ KNOWN_END_OF_TEXT = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 NUM_BYTES = 256
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-# What a Hub repository may hold of a tokenizer, old formats included.
-TOKENIZER_FILES = (
-    "tokenizer* special_tokens_map.json added_tokens.json config.json vocab.* merges.txt *.model"
-)
+# Old formats, which transformers converts. (Where there is none of these it makes an empty tokenizer.)
+VOCABULARY_FILES = ("vocab.json", "vocab.txt", "*.model")
+HUB_FILES = [*VOCABULARY_FILES, "tokenizer*.json", "special_tokens_map.json", "merges.txt", "config.json"]
 
 
 def sink_token_name(index: int) -> str:
@@ -69,7 +69,7 @@ class Tokenizer:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         except Exception as error:  # tokenizers raises a bare Exception
-            raise DataError(f"{path}: not a tokenizer: {error}") from error
+            raise DataError(f"{path}: not a tokenizer: {first_line(error)}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -193,7 +193,7 @@ def check_vocab_size(vocab_size: int) -> None:
 def _from_folder(folder: Path, name: str) -> Tokenizer:
     if (folder / TOKENIZER_FILE).is_file():
         return Tokenizer.from_file(folder / TOKENIZER_FILE, _configured_eos(folder))
-    if not any((folder / file).is_file() for file in (CONFIG_FILE, "config.json")):
+    if not any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES):
         raise DataError(f"{name}: no {TOKENIZER_FILE} in this folder")
     from transformers import AutoTokenizer
 
@@ -201,7 +201,9 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
         converted = AutoTokenizer.from_pretrained(folder)
         definition = json.loads(converted.backend_tokenizer.to_str())
     except Exception as error:  # every old format fails in its own way
-        raise DataError(f"{name}: no {TOKENIZER_FILE}, and transformers cannot make one: {error}") from error
+        raise DataError(
+            f"{name}: no {TOKENIZER_FILE}, and transformers cannot make one: {first_line(error)}"
+        ) from error
     return Tokenizer(definition, converted.eos_token)
 
 
@@ -210,10 +212,11 @@ def _hub_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES.split()))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{name}: no such folder, and no tokenizer on the Hub: {reason}") from error
+        raise DataError(
+            f"{name}: no such folder, and no tokenizer on the Hub: {first_line(error)}"
+        ) from error
 
 
 def _configured_eos(folder: Path) -> str | None:

@@ -54,5 +54,6 @@ def _snapshot(repo_id: str, revision: str | None, files: list[str]) -> Path:
         remedy = "use one of its branches, tags or commits"
         raise ModelError(f"{repo_id} has no revision {revision} on the Hub; {remedy}") from error
     except Exception as error:  # errors of its HTTP library, another one in each release, come through
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error  # offline, the client wraps the plainer error in advice
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
         raise ModelError(f"{repo_id} is no folder here, and the Hub does not give it: {reason}") from error

@@ -19,7 +19,5 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
         [batch, seq] in float32 (float64 for float64 logits); 0 where the target is ``IGNORED``.
     """
     wide = logits if logits.element_size() == 8 else logits.float()
-    flat = F.cross_entropy(
-        wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    flat = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view(targets.shape)

@@ -46,7 +46,8 @@ def _sink(sink: SinkConfig) -> str:
     return (
         f"In training every sample started with {tokens} (id {ids}; StreamingLLM, arXiv 2309.17453, section "
         "3.3). Every input must start the same way, exactly once: the tokenizer sees to that, and code that "
-        "builds inputs from ids must do so itself. A cache that streams keeps the sink for ever. "
+        "builds inputs from ids must do so itself. A text that spells a sink's name gets another one: "
+        "`split_special_tokens=True` reads it as text. A cache that streams keeps the sink for ever. "
         "`generation_config.json` forbids to generate it."
     )
 

@@ -130,25 +130,31 @@ class RingAttention:
         key_ages = cache.held_ages(newest, self.num_slots)
         if not self.writes_first:
             key_ages = torch.cat((key_ages, self.ages), dim=1)
-        self.visible = _visible(key_ages[:, None], self.ages[:, :, None], layout)[:, None]
+        visible = _visible(key_ages[:, None], self.ages[:, :, None], layout)[:, None]
+        # As an addend, because scaled_dot_product_attention would make one of a bool mask in every layer.
+        self.mask = torch.zeros(visible.shape, dtype=model.dtype, device=model.device)
+        self.mask.masked_fill_(~visible, -torch.inf)
+        self.rotary_ndims, self.scale = network.rotary_ndims, network.head_dim**-0.5
+        self.cos, self.sin = self._angles(model)
 
-        def angles(rotary_pos: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = rotary_angles(rotary_pos, model.rotary_steps, angle_dtype(model.dtype))
-            return cos[:, None], sin[:, None]
+    def _angles(self, model: GPTNeoX) -> tuple[Tensor, Tensor]:
+        """Of the two places (ring, sink) for query and key: [place, 2, batch, 1, seq, rotary_ndims].
 
-        is_sink = (self.ages < layout.sinks)[:, None, :, None]
-        self.ring_angles = angles(self.ages + cache.start_pos)
-        self.sink_angles = angles(self.ages.clamp(max=layout.num_slots - 1))
-        self.ring_share = (~is_sink).to(model.dtype)
-        self.sink_share = is_sink.to(model.dtype)
-        self.scale = network.head_dim**-0.5
+        They are zero, which blanks the rotated dimensions, at the place where a key is not stored.
+        """
+        layout = self.cache.layout
+        rotary_pos = torch.stack((self.ages + self.cache.start_pos, self.ages.clamp(max=layout.num_slots - 1)))
+        cos, sin = rotary_angles(rotary_pos, model.rotary_steps, angle_dtype(model.dtype))
+        is_sink = self.ages < layout.sinks
+        is_key_place = torch.stack((~is_sink, is_sink))
+        share = torch.stack((torch.ones_like(is_key_place), is_key_place), dim=1)[:, :, :, None, :, None]
+        return cos[:, None, :, None] * share, sin[:, None, :, None] * share
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rotary_ndims = self.ring_angles[0].shape[-1]
-        q_ring, q_sink = self._rotate_twice(q, rotary_ndims)
-        k_ring, k_sink = self._rotate_twice(k, rotary_ndims)
-        query = torch.cat((q_ring, q[..., rotary_ndims:], q_sink), dim=-1)
-        key = torch.cat((k_ring * self.ring_share, k[..., rotary_ndims:], k_sink * self.sink_share), dim=-1)
+        both = torch.stack((q, k))
+        rotated, passed = both[..., : self.rotary_ndims], both[..., self.rotary_ndims :]
+        ring, sink = apply_rotary(rotated.expand(2, *rotated.shape), self.cos, self.sin)
+        query, key = torch.cat((ring, passed, sink), dim=-1)
 
         keys = self.cache.keys[layer, :, :, : self.num_slots]
         values = self.cache.values[layer, :, :, : self.num_slots]
@@ -157,14 +163,10 @@ class RingAttention:
         else:
             keys = torch.cat((keys, key), dim=2)
             values = torch.cat((values, v), dim=2)
-        out = _attend(query, keys, values, self.visible, self.scale)
+        out = _attend(query, keys, values, self.mask, self.scale)
         if not self.writes_first:
             self._write(layer, key, v)
         return out
-
-    def _rotate_twice(self, x: Tensor, rotary_ndims: int) -> tuple[Tensor, Tensor]:
-        rotated = x[..., :rotary_ndims]
-        return apply_rotary(rotated, *self.ring_angles), apply_rotary(rotated, *self.sink_angles)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.cache.keys[layer][self.rows, :, self.write_slots] = key.transpose(1, 2)
@@ -207,8 +209,8 @@ def _visible(key_age: Tensor, query_age: Tensor, layout: Layout) -> Tensor:
     return (key_age >= 0) & (key_age <= query_age) & is_kept
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Softmax attention; values are padded to the keys' width, which lets the fused CPU kernel take them."""
     head_dim, extra = values.shape[-1], keys.shape[-1] - values.shape[-1]
     padded = F.pad(values, (0, extra)) if extra else values
-    return F.scaled_dot_product_attention(query, keys, padded, attn_mask=visible, scale=scale)[..., :head_dim]
+    return F.scaled_dot_product_attention(query, keys, padded, attn_mask=mask, scale=scale)[..., :head_dim]

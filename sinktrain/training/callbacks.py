@@ -168,7 +168,7 @@ class Metrics(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0 or step == self._first_step + 1:
+        if step % trainer.log_every_n_steps == 0:
             module = cast(Pretraining, pl_module)
             self._log(trainer, self._training_metrics(trainer, module))
             self._start_interval(trainer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 import sys
@@ -160,6 +159,7 @@ class _Cli(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1234,
             parser_class=_Parser,
+            parser_kwargs={"allow_abbrev": False},
             args=_with_config_paths(args),
             run=False,
             auto_configure_optimizers=False,
@@ -211,15 +211,26 @@ class _Cli(LightningCLI):
         return text
 
 
+_UNKNOWN_SETTING = re.compile(
+    r"Option '(?P<option>[^']+)' is not accepted|Group '(?P<group>[^']+)' does not accept option '(?P<inner>[^']+)'"
+    r"|[Uu]nrecognized arguments: (?P<argument>\S+)"
+)
+
+
 def _plain_message(message: str, parser: LightningArgumentParser) -> str:
     """jsonargparse's message in one line that names the setting, and the one that was probably meant."""
     text = " ".join(message.split())
-    unknown = re.search(r"[Oo]ption '([\w.\-+]+)' is not accepted|'([\w.]+)' is not expected|[Uu]nrecognized arguments: (\S+)", text)
+    unknown = _UNKNOWN_SETTING.search(text)
     if unknown:
-        name = next(group for group in unknown.groups() if group).lstrip("-").partition("=")[0]
+        found = unknown.groupdict()
+        name = found["option"] or found["argument"] or f"{found['group']}.{found['inner']}"
+        name = name.lstrip("-").partition("=")[0]
         known = [action.dest for action in parser._actions]
         return f'unknown setting "{name}"{did_you_mean(name, known)}'
-    return text
+    missing = re.search(r"the following arguments are required: (.+)", text)
+    if missing and "data.path" in missing[1]:
+        return "data.path is missing; pass --data.path SHARDS, made by sinktrain prepare"
+    return text.replace("Parser key ", "setting ")
 
 
 # -- the steps of a run ---------------------------------------------------------------------------
@@ -285,7 +296,7 @@ def _say(line: str) -> None:
 
 def _quiet_lightning() -> None:
     """Silence what says nothing about the run: hardware that is absent, tips, known deprecations."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+    for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (".*LeafSpec.*", ".*does not have many workers.*", ".*`isinstance\\(treespec.*", ".*litlogger.*"):
         warnings.filterwarnings("ignore", message=text)

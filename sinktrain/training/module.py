@@ -54,8 +54,8 @@ class Pretraining(pl.LightningModule):
 
     def __init__(
         self,
-        network: NetworkConfig = NetworkConfig(),
-        sink: SinkConfig = SinkConfig(),
+        network: NetworkConfig,  # no default instances here: their derived fields would become settings
+        sink: SinkConfig,
         learning_rate: float = 6e-4,
         schedule: Literal["cosine", "wsd"] = "cosine",
         warmup_steps: int | None = None,
