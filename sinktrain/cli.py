@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 or 143 when stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    share_cores()
     try:
         return _dispatch(command, arguments)
     except SinktrainError as error:
@@ -54,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough: `sinktrain stream … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def share_cores() -> None:
+    """Let idle threads sleep instead of spin; to be called before torch is imported.
+
+    libgomp's threads spin while they wait for each other. Where another process needs a core, that
+    made small matrix products 20 times slower (two cores, one other busy process).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:

@@ -49,6 +49,10 @@ class WindowData(pl.LightningDataModule):
             raise ConfigError(f"data.seq_len is {seq_len}; use more than {RESERVED_SINKS}, which sinks may take")
         if global_batch < 1 or (micro_batch is not None and micro_batch < 1):
             raise ConfigError(f"data.global_batch {global_batch} and data.micro_batch {micro_batch} must be 1 or more")
+        if val_windows is not None and val_windows < 1:
+            raise ConfigError(f"data.val_windows is {val_windows}; use 1 or more, or null for all")
+        if seed < 0:
+            raise ConfigError(f"seed_everything is {seed}; use 0 or more")
         self.path = Path(path)
         self.seq_len = seq_len
         self.global_batch = global_batch
@@ -119,7 +123,8 @@ class WindowData(pl.LightningDataModule):
             )
         if state_dict["seed"] != self.seed:
             raise ConfigError(
-                f"seed_everything is {self.seed} but the checkpoint's data order has seed {state_dict['seed']}"
+                f"seed_everything is {self.seed} but the checkpoint's data order has seed {state_dict['seed']}; "
+                f"pass --seed_everything {state_dict['seed']}"
             )
         self._first_sample = state_dict["samples_consumed"]
         self._first_step = state_dict["global_step"]
@@ -127,6 +132,9 @@ class WindowData(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         if self.loader is not None:
             self.loader.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("fit")
 
     @property
     def _world_size(self) -> int:
@@ -208,6 +216,8 @@ class WindowLoader:
                     break
                 except queue.Full:
                     continue
+            if isinstance(batch, BaseException):
+                return
             number += 1
 
 

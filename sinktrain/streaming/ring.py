@@ -143,7 +143,8 @@ class RingAttention:
         They are zero, which blanks the rotated dimensions, at the place where a key is not stored.
         """
         layout = self.cache.layout
-        rotary_pos = torch.stack((self.ages + self.cache.start_pos, self.ages.clamp(max=layout.num_slots - 1)))
+        at_ring, at_sinks = self.ages + self.cache.start_pos, self.ages.clamp(max=layout.num_slots - 1)
+        rotary_pos = torch.stack((at_ring, at_sinks))
         cos, sin = rotary_angles(rotary_pos, model.rotary_steps, angle_dtype(model.dtype))
         is_sink = self.ages < layout.sinks
         is_key_place = torch.stack((~is_sink, is_sink))

@@ -57,6 +57,11 @@ class Checkpoints(Callback):
         self.settings = settings
         self._saved_step = -1
 
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed while it saved
+                _discard(leftover)
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step % self.settings.every_n_steps == 0:
             self.save(trainer)
@@ -73,10 +78,11 @@ class Checkpoints(Callback):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             _flush(temporary)
-            _discard(self.folder / name)
+            if (self.folder / name).is_dir():
+                _discard(self.folder / name)
             os.replace(temporary, self.folder / name)
             self._name_last(name)
-            self._discard_old()
+            self._discard_before(name)
         trainer.strategy.barrier()
 
     def _name_last(self, name: str) -> None:
@@ -86,10 +92,12 @@ class Checkpoints(Callback):
         os.replace(link, self.folder / LAST)
         _flush(self.folder)
 
-    def _discard_old(self) -> None:
+    def _discard_before(self, last: str) -> None:
+        """Keep the newest up to ``last``; later ones, which a run left by going back, are not ours to delete."""
         if self.settings.keep is not None:
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.settings.keep]:
-                _discard(old)
+            names = sorted(path.name for path in self.folder.glob("step-*.ckpt"))
+            for old in names[: names.index(last) + 1][: -self.settings.keep]:
+                _discard(self.folder / old)
 
 
 class Stopped(BaseException):
@@ -176,7 +184,7 @@ class Metrics(Callback):
             trainer.should_stop = True  # makes Lightning validate after the last step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.state.fn == "fit":
+        if trainer.sanity_checking:
             return
         self._log(trainer, {"val/loss": float(trainer.callback_metrics["val/loss"])})
         self._start_interval(trainer)

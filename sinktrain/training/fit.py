@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import uuid
 import warnings
+from collections.abc import Callable
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,12 +17,14 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from sinktrain.data.datamodule import WindowData
 from sinktrain.data.tokenizer import TOKENIZER_FILE
 from sinktrain.errors import ConfigError, did_you_mean
 from sinktrain.files import write_text
+from sinktrain.model.checkpoints import CHECKPOINT_KEY, describe
 from sinktrain.training.callbacks import (
     CheckpointSettings,
     Checkpoints,
@@ -30,7 +35,7 @@ from sinktrain.training.callbacks import (
 )
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining, arm_name
-from sinktrain.training.run import RunFolder
+from sinktrain.training.run import RunFolder, differences
 
 TRAINER_DEFAULTS = {
     "accelerator": "auto",
@@ -47,26 +52,42 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
 }
 
+UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "precision": (lambda value: value in ("16-mixed", "16-true", "16", 16), "bf16-mixed or 32-true"),
+    "accumulate_grad_batches": (lambda value: value != 1, "data.micro_batch: gradients accumulate over the rest"),
+    "gradient_clip_val": (lambda value: value is not None, "model.clip_norm"),
+}
+"""Settings of Lightning's that would not do here: which values, and what does."""
+
 
 def fit(args: list[str]) -> None:
     """Train, or continue, the run that the command line describes.
 
     Raises:
-        ConfigError: a setting, config or run folder that cannot be used.
+        SinktrainError: a setting, config, run folder, checkpoint or corpus that cannot be used.
         Stopped: by a signal, after saving.
     """
     _quiet_lightning()
     cli = _Cli(args)
-    run = RunFolder(Path(cli.config.run or default_run(args)))
+    run = cli.run
     identity = cli.identity()
-    checkpoint = run.checkpoint_to_resume(cli.config.resume, identity) if _is_rank_zero() else _last(cli, run)
+    checkpoint = _checkpoint_to_resume(cli, run, identity)
+    trainer = cli.make_trainer(is_training=True)
+    _check_together(cli, trainer)
+    if checkpoint == run.last and run.is_finished(trainer.max_steps):
+        _say(f"{run.path}: finished already; a larger --trainer.max_steps continues it")
+        return
     if _is_rank_zero():
         _announce(run, checkpoint, cli)
+        run.write_manifest(identity, run_id=cli.run_id, arm=arm_name(cli.model.sink), is_finished=False)
         run.prepare(cli.datamodule.path / TOKENIZER_FILE)
         write_text(run.path / "config.yaml", cli.dump())
-        run.write_manifest(identity, arm=arm_name(cli.model.sink), is_finished=False)
-    trainer = cli.make_trainer(run)
-    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    try:
+        _train(cli, trainer, checkpoint)
+    except Stopped:
+        if _is_rank_zero():
+            raise
+        return  # rank 0 speaks for all: Lightning kills it if it finds another one failed
     if trainer.is_global_zero:
         _finish(run, identity, cli, trainer)
 
@@ -82,7 +103,7 @@ def validate(args: list[str]) -> dict[str, float]:
     checkpoint = cli.config.ckpt_path
     if checkpoint is None or not Path(checkpoint).exists():
         raise ConfigError(f"--ckpt_path {checkpoint}: there is no such checkpoint; pass one of a run's checkpoints/")
-    trainer = cli.make_trainer(run=None)
+    trainer = cli.make_trainer(is_training=False)
     (result,) = trainer.validate(
         cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False
     )
@@ -121,9 +142,13 @@ def default_run(args: list[str]) -> str:
 
 
 def _config_values(args: list[str]) -> list[str]:
-    values = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    pairs = zip(args, args[1:], strict=False)
-    return values + [value for flag, value in pairs if flag in ("--config", "-c")]
+    values = []
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        if flag.startswith("--config="):
+            values.append(flag.partition("=")[2])
+        elif flag in ("--config", "-c"):
+            values.append(value)
+    return values
 
 
 def _with_config_paths(args: list[str]) -> list[str]:
@@ -152,6 +177,7 @@ class _Cli(LightningCLI):
     datamodule: WindowData
 
     def __init__(self, args: list[str]) -> None:
+        self.default_run = default_run(args)
         super().__init__(
             Pretraining,
             WindowData,
@@ -177,24 +203,36 @@ class _Cli(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
 
+    def before_instantiate_classes(self) -> None:
+        loggers = self.config.trainer.logger
+        self.run_id = self.run.read_id() or uuid.uuid4().hex[:12]
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if hasattr(logger, "class_path"):
+                _place_logger(logger, self.run, self.run_id)
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(Path(self.config.run or self.default_run))
+
     def instantiate_trainer(self, **_: Any) -> Any:
         """Made by ``make_trainer`` once the run folder is known."""
         return None
 
-    def make_trainer(self, run: RunFolder | None) -> pl.Trainer:
-        """The Trainer of a run; without a run, one that only validates."""
+    def make_trainer(self, is_training: bool) -> pl.Trainer:
+        """The Trainer of the run, or one that only validates and leaves the run folder alone."""
         settings = dict(self.config_init.trainer)
-        if settings.get("precision") in ("16-mixed", "16-true"):
-            raise ConfigError(f"trainer.precision {settings['precision']} is not supported; use bf16-mixed or 32-true")
+        for name, (bad, remedy) in UNSUPPORTED.items():
+            if bad(settings.get(name)):
+                raise ConfigError(f"trainer.{name} {settings[name]} is not supported; use {remedy}")
         settings["callbacks"] = list(settings.get("callbacks") or [])
-        if run is None:
-            return pl.Trainer(**settings | {"enable_progress_bar": False, "logger": False})
-        metrics = Metrics(MetricsTable(run.path / "metrics.csv"))
-        checkpoints = Checkpoints(run.checkpoints, self.config_init.checkpoint)
+        if not is_training:
+            return _trainer(settings | {"enable_progress_bar": False, "logger": False})
+        metrics = Metrics(MetricsTable(self.run.path / "metrics.csv"))
+        checkpoints = Checkpoints(self.run.checkpoints, self.config_init.checkpoint)
         ours = [metrics, checkpoints, StopOnSignal(checkpoints)]
         if settings.get("enable_progress_bar") is not False:
             ours.append(ProgressBar(metrics))
-        return pl.Trainer(**settings | {"callbacks": settings["callbacks"] + ours, "default_root_dir": run.path})
+        return _trainer(settings | {"callbacks": settings["callbacks"] + ours, "default_root_dir": self.run.path})
 
     def identity(self) -> dict[str, Any]:
         """What a run folder must agree on to be continued."""
@@ -209,6 +247,33 @@ class _Cli(LightningCLI):
     def dump(self) -> str:
         text: str = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
         return text
+
+
+def _trainer(settings: dict[str, Any]) -> pl.Trainer:
+    try:
+        return pl.Trainer(**settings)
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _place_logger(logger: Any, run: RunFolder, run_id: str) -> None:
+    """Keep a logger's files in the run folder, and a continued run in the same W&B run."""
+    name = logger.class_path.rpartition(".")[2]
+    if name == "WandbLogger":
+        _need("wandb", "pip install 'sinktrain[wandb]'")
+        placed = {"save_dir": str(run.path), "name": run.path.name, "id": run_id}
+    elif name == "TensorBoardLogger":
+        _need("tensorboard", "pip install tensorboard")
+        placed = {"save_dir": str(run.path), "name": "tensorboard", "version": ""}
+    else:
+        return
+    for key, value in placed.items():
+        logger.init_args[key] = value
+
+
+def _need(package: str, remedy: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(f"trainer.logger needs the package {package}; {remedy}, or leave that overlay out")
 
 
 _UNKNOWN_SETTING = re.compile(
@@ -240,11 +305,49 @@ def _is_rank_zero() -> bool:
     return rank_zero_only.rank == 0
 
 
-def _last(cli: _Cli, run: RunFolder) -> Path | None:
-    """What rank 0 resumes from; only rank 0 checks the folder, which it is writing to already."""
-    if cli.config.resume == "auto":
+def _checkpoint_to_resume(cli: _Cli, run: RunFolder, identity: dict[str, Any]) -> Path | None:
+    resume = cli.config.resume
+    if _is_rank_zero():
+        checkpoint = run.checkpoint_to_resume(resume, identity)
+        if checkpoint is not None and resume != "auto":
+            _check_checkpoint(checkpoint, identity)
+        return checkpoint
+    # Only rank 0 checks the folder, which it is writing to already.
+    if resume == "auto":
         return run.last if run.last.exists() else None
-    return None if cli.config.resume == "none" else Path(cli.config.resume)
+    return None if resume == "none" else Path(resume)
+
+
+def _check_checkpoint(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse a checkpoint that the user named if it is not of this model, corpus and seed."""
+    describe(path)  # refuses what is no checkpoint of ours
+    facts = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[CHECKPOINT_KEY]
+    made_with = {"model": facts["model"], "data_fingerprint": facts["data_fingerprint"], "seed_everything": facts["seed"]}
+    found = differences(made_with, {key: identity[key] for key in made_with})
+    if found:
+        raise ConfigError(
+            f"--resume {path} was made with {'; '.join(found)}; "
+            "to start anew from its weights, use --model.init_from instead"
+        )
+
+
+def _check_together(cli: _Cli, trainer: pl.Trainer) -> None:
+    """Find what does not fit together before anything is written: steps, batches, devices, text."""
+    cli.model.trainer = cli.datamodule.trainer = trainer
+    cli.model.schedule  # noqa: B018
+    cli.datamodule.train_dataloader()
+    cli.datamodule.val_dataloader()
+
+
+def _train(cli: _Cli, trainer: pl.Trainer, checkpoint: Path | None) -> None:
+    try:
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        if "val/loss" not in trainer.callback_metrics:  # cut off between the last checkpoint and its validation
+            trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _announce(run: RunFolder, checkpoint: Path | None, cli: _Cli) -> None:
@@ -279,8 +382,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _finish(run: RunFolder, identity: dict[str, Any], cli: _Cli, trainer: pl.Trainer) -> None:
     val_loss = trainer.callback_metrics.get("val/loss")
     facts = {
+        "run_id": cli.run_id,
         "arm": arm_name(cli.model.sink),
-        "is_finished": True,
+        "is_finished": trainer.global_step >= trainer.max_steps,
         "global_step": trainer.global_step,
         "tokens_seen": cli.datamodule.samples_consumed * cli.datamodule.seq_len,
         "val_loss_nats": None if val_loss is None else float(val_loss),

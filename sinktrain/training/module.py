@@ -26,7 +26,7 @@ from sinktrain.model.config import ModelConfig, NetworkConfig, SinkConfig
 from sinktrain.model.init import initialize
 from sinktrain.model.loss import token_losses
 from sinktrain.model.neox import GPTNeoX
-from sinktrain.training.optim import adamw
+from sinktrain.training.optim import adamw, parameter_groups
 from sinktrain.training.schedule import Schedule
 
 
@@ -211,6 +211,15 @@ class Pretraining(pl.LightningModule):
     def on_train_start(self) -> None:
         if self._rng is not None:
             _restore_rng(self._rng)
+        self._apply_optimizer_settings()
+
+    def _apply_optimizer_settings(self) -> None:
+        """Let the settings win over those that an optimizer's state brought from a checkpoint."""
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        for group, fresh in zip(
+            optimizer.param_groups, parameter_groups(self._network, self.weight_decay), strict=True
+        ):
+            group.update(weight_decay=fresh["weight_decay"], betas=self.betas, eps=self.eps)
 
     @property
     def _network(self) -> GPTNeoX:

@@ -44,6 +44,16 @@ class RunFolder:
             raise ConfigError(f"{self.manifest} is not readable ({error}); choose another --run") from error
         return value
 
+    def read_id(self) -> str | None:
+        """The id drawn when the run began; loggers know it by this."""
+        manifest = self.read_manifest()
+        return None if manifest is None else manifest.get("run_id")
+
+    def is_finished(self, max_steps: int) -> bool:
+        """Whether a run of that many steps has nothing left to do."""
+        manifest = self.read_manifest() or {}
+        return bool(manifest.get("is_finished")) and manifest["global_step"] >= max_steps
+
     def write_manifest(self, identity: dict[str, Any], **facts: Any) -> None:
         write_json(self.manifest, {"format_version": FORMAT_VERSION, "identity": identity, **facts})
 
@@ -61,8 +71,10 @@ class RunFolder:
         if resume == "none":
             return None
         if resume == "auto":
+            if self.last.is_symlink() and not self.last.exists():
+                raise ConfigError(f"{self.last} names {self.last.readlink()}, which is gone; pass --resume PATH")
             return self.last if self.last.exists() else None
-        if not Path(resume).exists():
+        if not Path(resume).is_file():
             raise ConfigError(f"--resume {resume}: there is no such checkpoint; use auto, none or a checkpoint's path")
         return Path(resume)
 
@@ -84,18 +96,18 @@ class RunFolder:
             return
         if resume == "none":
             raise ConfigError(f"--run {self.path} holds a run; choose another folder, or continue it (--resume auto)")
-        differences = _differences(manifest.get("identity", {}), identity)
-        if differences:
-            raise ConfigError(f"--run {self.path} was made with {'; '.join(differences)}; choose another --run")
+        found = differences(manifest.get("identity", {}), identity)
+        if found:
+            raise ConfigError(f"--run {self.path} was made with {'; '.join(found)}; choose another --run")
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """What differs, as ``name old, not new``."""
     found = []
     for key in {**old, **new}:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
+            found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key} {before}, not {after}")
     return found

@@ -34,7 +34,17 @@ class Schedule:
             raise ConfigError(f"trainer.max_steps is {self.max_steps}; say how many optimizer steps to train")
         if self.warmup >= self.max_steps > 1:
             raise ConfigError(
-                f"model.warmup_steps is {self.warmup} of trainer.max_steps {self.max_steps}; use fewer warm-up steps"
+                f"model.warmup_steps is {self.warmup} of trainer.max_steps {self.max_steps}; "
+                "use fewer warm-up steps"
+            )
+        if min(self.warmup, self.decay) < 0:
+            raise ConfigError(
+                f"model.warmup_steps {self.warmup} and model.decay_steps {self.decay} must be 0 or more"
+            )
+        if self.warmup + self.decay > self.max_steps:
+            raise ConfigError(
+                f"model.warmup_steps {self.warmup} and model.decay_steps {self.decay} exceed "
+                f"trainer.max_steps {self.max_steps}; use fewer of them"
             )
 
     @property

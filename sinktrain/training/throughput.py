@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from sinktrain.model.config import NetworkConfig
 
 PEAK_BF16_FLOPS = {
+    "H200 NVL": 835.5e12,
     "H200": 989.4e12,
     "H100 NVL": 835.5e12,
     "H100 PCIe": 756.5e12,
@@ -28,7 +31,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_BF16_FLOPS.items() if known in name), None)
+    if re.search(r"Laptop|Max-Q|MIG|RTX 4090 D", name):  # slower than their names begin
+        return None
+    return next((peak for known, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def flops_per_token(config: NetworkConfig, vocab_size: int, seq_len: int, is_causal: bool = False) -> float:
