@@ -4,8 +4,9 @@ Names are imported when first used, so that ``import sinktrain`` is instant and 
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
+
+__version__ = "0.1.0"
 
 _PUBLIC = {
     "SinktrainError": "sinktrain.errors",
@@ -24,8 +25,6 @@ __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("sinktrain")
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'sinktrain' has no attribute {name!r}")

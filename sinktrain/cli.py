@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,7 +210,12 @@ def _export(arguments: list[str]) -> int:
     from sinktrain.publishing.export import export
 
     exported = export(options.model, options.out)
-    print(exported)
+    if options.json:
+        print(json.dumps(asdict(exported), default=str))
+        return 0
+    print(f"{exported.folder}: loads with plain transformers; its logits differ by {exported.max_logit_diff:.1e} at most")
+    if not exported.has_tokenizer:
+        print(f"{options.model} has no tokenizer, so there is none in the folder", file=sys.stderr)
     return 0
 
 
@@ -349,8 +356,6 @@ def _device(name: str | None) -> str:
 
 
 def _print_manifest(manifest: Any, folder: Path, as_json: bool) -> None:
-    from dataclasses import asdict
-
     if as_json:
         print(json.dumps(asdict(manifest)))
         return
@@ -435,7 +440,8 @@ def _compare_models(options: argparse.Namespace) -> int:
         )
     )
     write_report(results, options.out)
-    print(json.dumps(results) if options.json else terminal_table(results))
+    width = shutil.get_terminal_size().columns
+    print(json.dumps(results) if options.json else terminal_table(results, width))
     print(f"report: {options.out / 'report.html'}", file=sys.stderr)
     return 0
 

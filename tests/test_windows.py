@@ -55,7 +55,9 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert tuple(seeds[0]) != tuple(seeds[1])
 
 
-@pytest.mark.parametrize(("first", "count", "total"), [(0, 10, 7), (3, 40, 13), (0, 5, 1), (100, 1, 33), (5, 0, 7)])
+@pytest.mark.parametrize(
+    ("first", "count", "total"), [(0, 10, 7), (3, 40, 13), (0, 5, 1), (100, 1, 33), (5, 0, 7)]
+)
 def test_window_order_equals_one_sample_after_another(first: int, count: int, total: int) -> None:
     def slow(sample: int) -> int:
         epoch, position = divmod(sample, total)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +71,21 @@ def tiny_run(shards: Path, run: Path, *more: str) -> list[str]:
     if not config.exists():
         config.write_text(TINY)
     return ["--config", str(config), "--data.path", str(shards), "--run", str(run), *more]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """``sinktrain fit`` in a process of its own, as users start it."""
+    command = [str(Path(sys.executable).with_name("sinktrain")), "fit", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(step: int, run: Path, process: subprocess.Popen[str]) -> None:
+    """Return as soon as the run's table shows that step."""
+    table, deadline = run / "metrics.csv", time.monotonic() + 120
+    while not (
+        table.exists() and any(line.startswith(f"{step},") for line in table.read_text().splitlines())
+    ):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -46,13 +46,15 @@ class WindowData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if seq_len <= RESERVED_SINKS:
-            raise ConfigError(f"data.seq_len is {seq_len}; use more than {RESERVED_SINKS}, which sinks may take")
+            raise ConfigError(
+                f"data.seq_len is {seq_len}; use more than {RESERVED_SINKS}, which sinks may take"
+            )
         if global_batch < 1 or (micro_batch is not None and micro_batch < 1):
-            raise ConfigError(f"data.global_batch {global_batch} and data.micro_batch {micro_batch} must be 1 or more")
+            raise ConfigError(
+                f"data.global_batch {global_batch} and data.micro_batch {micro_batch} must be 1 or more"
+            )
         if val_windows is not None and val_windows < 1:
             raise ConfigError(f"data.val_windows is {val_windows}; use 1 or more, or null for all")
-        if seed < 0:
-            raise ConfigError(f"seed_everything is {seed}; use 0 or more")
         self.path = Path(path)
         self.seq_len = seq_len
         self.global_batch = global_batch
@@ -74,8 +76,8 @@ class WindowData(pl.LightningDataModule):
         unit = world_size * (self.micro_batch or 1)
         if self.global_batch % unit:
             raise ConfigError(
-                f"data.global_batch {self.global_batch} does not divide into {world_size} devices x micro-batches "
-                f"of {self.micro_batch or 1}; use a multiple of {unit}"
+                f"data.global_batch {self.global_batch} does not divide into {world_size} devices "
+                f"x micro-batches of {self.micro_batch or 1}; use a multiple of {unit}"
             )
         return self.global_batch // world_size
 
@@ -119,12 +121,13 @@ class WindowData(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["fingerprint"] != self.manifest.fingerprint:
             raise DataError(
-                f"{self.path} is not the corpus that this checkpoint was trained on; pass its shards, or --resume none"
+                f"{self.path} is not the corpus that this checkpoint was trained on; "
+                "pass its shards, or --resume none"
             )
         if state_dict["seed"] != self.seed:
             raise ConfigError(
-                f"seed_everything is {self.seed} but the checkpoint's data order has seed {state_dict['seed']}; "
-                f"pass --seed_everything {state_dict['seed']}"
+                f"seed_everything is {self.seed} but the checkpoint's data order has seed "
+                f"{state_dict['seed']}; pass --seed_everything {state_dict['seed']}"
             )
         self._first_sample = state_dict["samples_consumed"]
         self._first_step = state_dict["global_step"]

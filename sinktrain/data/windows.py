@@ -57,7 +57,7 @@ def permute(position: NDArray[np.int64], total: int, key: tuple[int, int]) -> ND
         int64[count], distinct for distinct positions.
     """
     half_bits = max(1, ((total - 1).bit_length() + 1) // 2)
-    round_keys = np.random.SeedSequence(key).generate_state(NUM_ROUNDS, np.uint64)
+    round_keys = np.random.SeedSequence(key).generate_state(NUM_ROUNDS, np.uint64).astype(np.uint64)
     walked = _feistel(position.astype(np.uint64), half_bits, round_keys)
     while (outside := walked >= total).any():
         walked[outside] = _feistel(walked[outside], half_bits, round_keys)

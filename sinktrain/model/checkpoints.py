@@ -79,7 +79,7 @@ def load_model(
     # Copied, because what was read are windows on a file that may change later.
     cast = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
     model.load_state_dict(cast, assign=True)
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)  # moves the rotary steps, which no file holds
 
 
 def describe(source: str | Path, revision: str | None = None) -> ModelSource:

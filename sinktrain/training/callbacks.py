@@ -42,7 +42,8 @@ class CheckpointSettings:
     def __post_init__(self) -> None:
         if self.every_n_steps < 1 or (self.keep is not None and self.keep < 1):
             raise ConfigError(
-                f"checkpoint.every_n_steps {self.every_n_steps} and checkpoint.keep {self.keep} must be 1 or more"
+                f"checkpoint.every_n_steps {self.every_n_steps} and checkpoint.keep {self.keep} "
+                "must be 1 or more"
             )
 
 
@@ -93,7 +94,7 @@ class Checkpoints(Callback):
         _flush(self.folder)
 
     def _discard_before(self, last: str) -> None:
-        """Keep the newest up to ``last``; later ones, which a run left by going back, are not ours to delete."""
+        """Keep the newest up to ``last``; later ones stay, which a run left behind by going back."""
         if self.settings.keep is not None:
             names = sorted(path.name for path in self.folder.glob("step-*.ckpt"))
             for old in names[: names.index(last) + 1][: -self.settings.keep]:
@@ -176,7 +177,7 @@ class Metrics(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0:
+        if step % cast(Any, trainer).log_every_n_steps == 0:
             module = cast(Pretraining, pl_module)
             self._log(trainer, self._training_metrics(trainer, module))
             self._start_interval(trainer)
@@ -190,7 +191,9 @@ class Metrics(Callback):
         self._start_interval(trainer)
 
     def _training_metrics(self, trainer: pl.Trainer, module: Pretraining) -> dict[str, float]:
-        assert module.train_loss is not None and module.grad_norm is not None and module.network is not None
+        assert module.train_loss is not None
+        assert module.grad_norm is not None
+        assert module.network is not None
         loss = trainer.strategy.reduce(module.train_loss, reduce_op="mean")  # waits for the device
         elapsed_s = time.perf_counter() - self._started_at
         data = _data(trainer)

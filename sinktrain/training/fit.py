@@ -10,14 +10,15 @@ import warnings
 from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from sinktrain.data.datamodule import WindowData
@@ -26,12 +27,12 @@ from sinktrain.errors import ConfigError, did_you_mean
 from sinktrain.files import write_text
 from sinktrain.model.checkpoints import CHECKPOINT_KEY, describe
 from sinktrain.training.callbacks import (
-    CheckpointSettings,
     Checkpoints,
+    CheckpointSettings,
     Metrics,
     ProgressBar,
-    Stopped,
     StopOnSignal,
+    Stopped,
 )
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining, arm_name
@@ -54,7 +55,7 @@ TRAINER_DEFAULTS = {
 
 UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "precision": (lambda value: value in ("16-mixed", "16-true", "16", 16), "bf16-mixed or 32-true"),
-    "accumulate_grad_batches": (lambda value: value != 1, "data.micro_batch: gradients accumulate over the rest"),
+    "accumulate_grad_batches": (lambda value: value != 1, "data.micro_batch, which does the same"),
     "gradient_clip_val": (lambda value: value is not None, "model.clip_norm"),
 }
 """Settings of Lightning's that would not do here: which values, and what does."""
@@ -101,13 +102,22 @@ def validate(args: list[str]) -> dict[str, float]:
     _quiet_lightning()
     cli = _Cli(args)
     checkpoint = cli.config.ckpt_path
-    if checkpoint is None or not Path(checkpoint).exists():
-        raise ConfigError(f"--ckpt_path {checkpoint}: there is no such checkpoint; pass one of a run's checkpoints/")
+    if checkpoint is None:
+        raise ConfigError("--ckpt_path is missing; pass one of a run's checkpoints/")
+    if not Path(checkpoint).is_file():
+        raise ConfigError(
+            f"--ckpt_path {checkpoint}: there is no such checkpoint; pass one of a run's checkpoints/"
+        )
+    different = _differences_of_checkpoint(Path(checkpoint), cli.identity(), ("model", "data_fingerprint"))
+    if different:
+        raise ConfigError(
+            f"--ckpt_path {checkpoint} was made with {different}; pass the config.yaml of its run as --config"
+        )
     trainer = cli.make_trainer(is_training=False)
-    (result,) = trainer.validate(
+    trainer.validate(
         cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False
     )
-    return dict(result)
+    return {"val/loss": float(trainer.callback_metrics["val/loss"])}
 
 
 # -- configs by name ------------------------------------------------------------------------------
@@ -137,13 +147,13 @@ def find_config(name: str) -> Path:
 
 def default_run(args: list[str]) -> str:
     """``runs/`` and the names of the configs, so that arms never share a folder."""
-    names = [Path(value).stem for value in _config_values(args)]
+    names = [Path(value.removesuffix(".yaml")).name for value in _config_values(args)]
     return str(Path("runs") / "-".join(names)) if names else "runs/run"
 
 
 def _config_values(args: list[str]) -> list[str]:
     values = []
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
+    for flag, value in pairwise([*args, ""]):
         if flag.startswith("--config="):
             values.append(flag.partition("=")[2])
         elif flag in ("--config", "-c"):
@@ -193,15 +203,18 @@ class _Cli(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=str | None, default=None, help="run folder; runs/ + config names when null")
+        optional = str | None
+        parser.add_argument("--run", type=optional, default=None, help="folder; runs/ + config names when null")
         parser.add_argument("--resume", default="auto", help="auto, none or a checkpoint's path")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint that validate scores")
+        parser.add_argument("--ckpt_path", type=optional, default=None, help="checkpoint that validate scores")
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        if not 0 <= self.config.seed_everything < 2**32:
+            raise ConfigError(f"seed_everything is {self.config.seed_everything}; use 0 to {2**32 - 1}")
 
     def before_instantiate_classes(self) -> None:
         loggers = self.config.trainer.logger
@@ -232,7 +245,8 @@ class _Cli(LightningCLI):
         ours = [metrics, checkpoints, StopOnSignal(checkpoints)]
         if settings.get("enable_progress_bar") is not False:
             ours.append(ProgressBar(metrics))
-        return _trainer(settings | {"callbacks": settings["callbacks"] + ours, "default_root_dir": self.run.path})
+        settings["callbacks"] += ours
+        return _trainer(settings | {"default_root_dir": self.run.path})
 
     def identity(self) -> dict[str, Any]:
         """What a run folder must agree on to be continued."""
@@ -277,9 +291,20 @@ def _need(package: str, remedy: str) -> None:
 
 
 _UNKNOWN_SETTING = re.compile(
-    r"Option '(?P<option>[^']+)' is not accepted|Group '(?P<group>[^']+)' does not accept option '(?P<inner>[^']+)'"
+    r"Option '(?P<option>[^']+)' is not accepted"
+    r"|Group '(?P<group>[^']+)' does not accept option '(?P<inner>[^']+)'"
     r"|[Uu]nrecognized arguments: (?P<argument>\S+)"
 )
+
+_PLAIN_WORDS = [
+    ("Parser key ", "setting "),
+    (r"Does not validate .*? Subtypes: \[(.*)\] Errors: .* value: (.*)", r"Expected a \1. Got value: \2"),
+    (r"<class 'NoneType'>", "null"),
+    (r"<class '(\w+)'>", r"\1"),
+    (r"typing\.Literal\[(.*?)\]", r"\1"),
+    (r"Expected a (.*)\. Got value: (.*)", r"expected \1, found \2"),
+]
+"""What jsonargparse says of a value, and what we say."""
 
 
 def _plain_message(message: str, parser: LightningArgumentParser) -> str:
@@ -295,7 +320,9 @@ def _plain_message(message: str, parser: LightningArgumentParser) -> str:
     missing = re.search(r"the following arguments are required: (.+)", text)
     if missing and "data.path" in missing[1]:
         return "data.path is missing; pass --data.path SHARDS, made by sinktrain prepare"
-    return text.replace("Parser key ", "setting ")
+    for pattern, plain in _PLAIN_WORDS:
+        text = re.sub(pattern, plain, text)
+    return text
 
 
 # -- the steps of a run ---------------------------------------------------------------------------
@@ -310,7 +337,13 @@ def _checkpoint_to_resume(cli: _Cli, run: RunFolder, identity: dict[str, Any]) -
     if _is_rank_zero():
         checkpoint = run.checkpoint_to_resume(resume, identity)
         if checkpoint is not None and resume != "auto":
-            _check_checkpoint(checkpoint, identity)
+            keys = ("model", "data_fingerprint", "seed_everything")
+            different = _differences_of_checkpoint(checkpoint, identity, keys)
+            if different:
+                raise ConfigError(
+                    f"--resume {checkpoint} was made with {different}; "
+                    "to start anew from its weights, use --model.init_from instead"
+                )
         return checkpoint
     # Only rank 0 checks the folder, which it is writing to already.
     if resume == "auto":
@@ -318,17 +351,12 @@ def _checkpoint_to_resume(cli: _Cli, run: RunFolder, identity: dict[str, Any]) -
     return None if resume == "none" else Path(resume)
 
 
-def _check_checkpoint(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse a checkpoint that the user named if it is not of this model, corpus and seed."""
+def _differences_of_checkpoint(path: Path, identity: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """How a checkpoint that the user named differs from the settings, in those keys; empty if it does not."""
     describe(path)  # refuses what is no checkpoint of ours
     facts = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[CHECKPOINT_KEY]
-    made_with = {"model": facts["model"], "data_fingerprint": facts["data_fingerprint"], "seed_everything": facts["seed"]}
-    found = differences(made_with, {key: identity[key] for key in made_with})
-    if found:
-        raise ConfigError(
-            f"--resume {path} was made with {'; '.join(found)}; "
-            "to start anew from its weights, use --model.init_from instead"
-        )
+    made_with = {**facts, "seed_everything": facts["seed"]}
+    return differences({key: made_with[key] for key in keys}, {key: identity[key] for key in keys})
 
 
 def _check_together(cli: _Cli, trainer: pl.Trainer) -> None:
@@ -342,7 +370,7 @@ def _check_together(cli: _Cli, trainer: pl.Trainer) -> None:
 def _train(cli: _Cli, trainer: pl.Trainer, checkpoint: Path | None) -> None:
     try:
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-        if "val/loss" not in trainer.callback_metrics:  # cut off between the last checkpoint and its validation
+        if "val/loss" not in trainer.callback_metrics:  # cut off after the last checkpoint was written
             trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
@@ -367,7 +395,8 @@ def _announce(run: RunFolder, checkpoint: Path | None, cli: _Cli) -> None:
 
 def _changed_lines(before: str, after: str) -> list[str]:
     old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(after))
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changed]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -390,8 +419,9 @@ def _finish(run: RunFolder, identity: dict[str, Any], cli: _Cli, trainer: pl.Tra
         "val_loss_nats": None if val_loss is None else float(val_loss),
     }
     run.write_manifest(identity, **facts)
+    ended = "finished" if facts["is_finished"] else "ended"
     held_out = "" if val_loss is None else f", held-out loss {float(val_loss):.4f} nats"
-    _say(f"{run.path}: finished at step {trainer.global_step}{held_out}")
+    _say(f"{run.path}: {ended} at step {trainer.global_step}{held_out}")
 
 
 def _say(line: str) -> None:
@@ -402,5 +432,12 @@ def _quiet_lightning() -> None:
     """Silence what says nothing about the run: hardware that is absent, tips, known deprecations."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*LeafSpec.*", ".*does not have many workers.*", ".*`isinstance\\(treespec.*", ".*litlogger.*"):
+    for text in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec.*",
+        ".*litlogger.*",
+        ".*sync_dist=True.*",  # val/loss is summed over the ranks already
+        ".*broadcast_buffers.*",
+    ):
         warnings.filterwarnings("ignore", message=text)

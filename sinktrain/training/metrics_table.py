@@ -50,7 +50,10 @@ class MetricsTable:
         """Drop what was measured after the checkpoint that a run continues from."""
         kept = [row for row in self.rows() if int(row["step"]) <= step]
         if self.path.exists():
-            with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            with (
+                atomic_path(self.path) as temporary,
+                temporary.open("w", newline="", encoding="utf-8") as file,
+            ):
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
                 writer.writerows(kept)

@@ -70,6 +70,7 @@ class Pretraining(pl.LightningModule):
         seed: int = 1234,
     ) -> None:
         super().__init__()
+        _check_recipe(learning_rate, min_lr_ratio, weight_decay, betas, eps, clip_norm)
         self.automatic_optimization = False
         self.network_config = network
         self.sink = sink
@@ -94,14 +95,14 @@ class Pretraining(pl.LightningModule):
     # -- the model --------------------------------------------------------------------------------
 
     def model_config(self, data: WindowData) -> ModelConfig:
-        """What is trained on this data: sizes and sink ids that the settings leave open come from the shards."""
+        """What is trained on this data: the shards give the sizes and sink ids that the settings leave open."""
         manifest = data.manifest
         source = load_model(self.init_from).config.network if self.init_from else self.network_config
         vocab_size = source.vocab_size or manifest.padded_vocab_size
         if vocab_size < manifest.padded_vocab_size:
             raise ConfigError(
-                f"model.network.vocab_size is {vocab_size} but the shards need {manifest.padded_vocab_size} rows; "
-                "leave it out to take the shards'"
+                f"model.network.vocab_size is {vocab_size} but the shards need "
+                f"{manifest.padded_vocab_size} rows; leave it out to take the shards'"
             )
         sizes = vars(source) | {"vocab_size": vocab_size, "max_position_embeddings": data.seq_len}
         token_ids = self.sink.token_ids or tuple(manifest.sink_token_ids[: self.sink.count])
@@ -141,7 +142,7 @@ class Pretraining(pl.LightningModule):
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         for group in optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(self.trainer.global_step)
-        micro_batches = windows.split(self._data.rows_at_once)
+        micro_batches = torch.split(windows, self._data.rows_at_once)
         losses = []
         for number, micro_batch in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
@@ -229,6 +230,27 @@ class Pretraining(pl.LightningModule):
     @property
     def _data(self) -> WindowData:
         return cast(WindowData, cast(Any, self.trainer).datamodule)
+
+
+def _check_recipe(
+    learning_rate: float,
+    min_lr_ratio: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    clip_norm: float,
+) -> None:
+    problems = {
+        f"model.learning_rate is {learning_rate}; use more than 0": learning_rate > 0,
+        f"model.min_lr_ratio is {min_lr_ratio}; use 0 to 1": 0 <= min_lr_ratio <= 1,
+        f"model.weight_decay is {weight_decay}; use 0 or more": weight_decay >= 0,
+        f"model.betas are {list(betas)}; use two of 0 or more, below 1": all(0 <= beta < 1 for beta in betas),
+        f"model.eps is {eps}; use 0 or more": eps >= 0,
+        f"model.clip_norm is {clip_norm}; use more than 0": clip_norm > 0,
+    }
+    found = [problem for problem, is_good in problems.items() if not is_good]
+    if found:
+        raise ConfigError("; ".join(found))
 
 
 def arm_name(sink: SinkConfig) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,14 @@ class RunFolder:
             return None
         if resume == "auto":
             if self.last.is_symlink() and not self.last.exists():
-                raise ConfigError(f"{self.last} names {self.last.readlink()}, which is gone; pass --resume PATH")
+                raise ConfigError(
+                    f"{self.last} names {self.last.readlink()}, which is gone; pass --resume PATH"
+                )
             return self.last if self.last.exists() else None
         if not Path(resume).is_file():
-            raise ConfigError(f"--resume {resume}: there is no such checkpoint; use auto, none or a checkpoint's path")
+            raise ConfigError(
+                f"--resume {resume}: there is no such checkpoint; use auto, none or a checkpoint's path"
+            )
         return Path(resume)
 
     def prepare(self, tokenizer: Path) -> None:
@@ -92,22 +97,30 @@ class RunFolder:
         manifest = self.read_manifest()
         if manifest is None:
             if any(self.path.iterdir()):
-                raise ConfigError(f"--run {self.path} holds something that is not a run; choose another folder")
+                raise ConfigError(
+                    f"--run {self.path} holds something that is not a run; choose another folder"
+                )
             return
         if resume == "none":
-            raise ConfigError(f"--run {self.path} holds a run; choose another folder, or continue it (--resume auto)")
+            raise ConfigError(
+                f"--run {self.path} holds a run; choose another folder, or continue it (--resume auto)"
+            )
         found = differences(manifest.get("identity", {}), identity)
         if found:
-            raise ConfigError(f"--run {self.path} was made with {'; '.join(found)}; choose another --run")
+            raise ConfigError(f"--run {self.path} was made with {found}; choose another --run")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs, as ``name old, not new``."""
-    found = []
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs, as ``name old, not new; …``; empty if nothing does."""
+    return "; ".join(_differences(old, new, prefix=""))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[str]:
     for key in {**old, **new}:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif key == "data_fingerprint" and before != after:
+            yield "another corpus (data.path)"
         elif before != after:
-            found.append(f"{prefix}{key} {before}, not {after}")
-    return found
+            yield f"{prefix}{key} {before}, not {after}"
