@@ -156,7 +156,8 @@ def test_another_seed_is_refused(shards: Path) -> None:
 )
 def test_a_remainder_is_refused(world_size: int, micro_batch: int | None, unit: int, shards: Path) -> None:
     message = (
-        f"^data.global_batch 8 does not divide into {world_size} devices x micro-batches of {micro_batch or 1}; "
+        f"^data.global_batch 8 does not divide into {world_size} devices "
+        f"x micro-batches of {micro_batch or 1}; "
         f"use a multiple of {unit}$"
     )
     with pytest.raises(ConfigError, match=message):

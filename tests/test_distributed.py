@@ -63,7 +63,7 @@ def _alone_again() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_alone_again")
 def test_ddp_with_micro_batches_equals_one_device(train: Callable[..., Path]) -> None:
-    """DDP of one process: gradients meet in its buckets, and are exchanged only after the last micro-batch."""
+    """DDP of one process: gradients meet in its buckets, and are exchanged after the last micro-batch."""
     whole = train("whole", 12)
     parts = train("parts", 12, "--config", "ddp", "--trainer.devices", "1", "--data.micro_batch", "2")
     assert_close(whole, parts)

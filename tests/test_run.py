@@ -106,7 +106,8 @@ REFUSALS = {
     "other arm": (
         NEW,
         f"--config sink --resume {LAST}",
-        "was made with model.sink.kind none, not token; model.sink.count 0, not 1; model.sink.token_ids [], not [265]; "
+        "was made with model.sink.kind none, not token; model.sink.count 0, not 1; "
+        "model.sink.token_ids [], not [265]; "
         "to start anew from its weights, use --model.init_from instead",
     ),
     "other corpus": (
@@ -230,13 +231,15 @@ REFUSALS = {
     "recipe": (
         NEW,
         "--model.learning_rate -1 --model.betas [1.5,0.9] --model.clip_norm 0",
-        "model.learning_rate is -1.0; use more than 0; model.betas are [1.5, 0.9]; use two of 0 or more, below 1; "
+        "model.learning_rate is -1.0; use more than 0; model.betas are [1.5, 0.9]; "
+        "use two of 0 or more, below 1; "
         "model.clip_norm is 0.0; use more than 0",
     ),
     "more recipe": (
         NEW,
         "--model.min_lr_ratio 2 --model.weight_decay -1 --model.eps -1",
-        "model.min_lr_ratio is 2.0; use 0 to 1; model.weight_decay is -1.0; use 0 or more; model.eps is -1.0; use 0 or",
+        "model.min_lr_ratio is 2.0; use 0 to 1; model.weight_decay is -1.0; use 0 or more; "
+        "model.eps is -1.0; use 0 or more",
     ),
 }
 
@@ -265,10 +268,10 @@ def test_missing_data_path_is_asked_for(place: Path, capsys: pytest.CaptureFixtu
 
 VALIDATION_REFUSALS = {
     "": "sinktrain validate: --ckpt_path is missing; pass one of a run's checkpoints/",
-    "--ckpt_path {p}/no.ckpt": "--ckpt_path {p}/no.ckpt: there is no such checkpoint; pass one of a run's checkpoints/",
+    "--ckpt_path {p}/no.ckpt": "--ckpt_path {p}/no.ckpt: there is no such checkpoint; pass one of",
     "--ckpt_path {p}/torn.ckpt": "{p}/torn.ckpt is damaged, or holds more than tensors",
-    f"--config sink --ckpt_path {LAST}": "was made with model.sink.kind none, not token; model.sink.count 0, not 1",
-    f"--data.path {{p}}/other --ckpt_path {LAST}": "was made with another corpus (data.path); pass the config.yaml of",
+    f"--config sink --ckpt_path {LAST}": "was made with model.sink.kind none, not token; model.sink.count 0",
+    f"--data.path {{p}}/other --ckpt_path {LAST}": "was made with another corpus (data.path); pass",
 }
 
 

@@ -53,7 +53,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 
 
 def test_fused_adamw_clips_under_bf16_mixed(train: Callable[..., Path]) -> None:
-    """Trap 1: Lightning refuses to clip gradients of a fused optimizer under bf16-mixed. We clip ourselves."""
+    """Trap 1: Lightning refuses to clip a fused optimizer's gradients under bf16-mixed. So we do."""
     run = train(
         "run", "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "24", "--model.clip_norm", "0.1"
     )
@@ -103,7 +103,7 @@ def test_nothing_reads_estimated_stepping_batches() -> None:
 
 
 def test_settings_win_over_those_of_the_checkpoint(train: Callable[..., Path]) -> None:
-    """Trap 3: after ``save_hyperparameters`` (and in any optimizer state) a checkpoint overrides the command."""
+    """Trap 3: after ``save_hyperparameters``, and in an optimizer's state, a checkpoint beats the command."""
     train("run")
     changed = "--model.learning_rate 0.5 --model.weight_decay 0.3 --model.betas [0.8,0.9] --model.eps 1e-6"
     run = train("run", "--trainer.max_steps", "13", "--model.min_lr_ratio", "1", *changed.split())
@@ -235,13 +235,13 @@ def test_kill_9_and_the_same_command_again_equal_an_uninterrupted_run(
     options = ["--trainer.max_steps", "60", "--checkpoint.every_n_steps", "7"]
     arguments = tiny_run(shards, tmp_path / "parts", *options, "--data.micro_batch", "1")
     process = start(arguments)
+    whole = train("whole", *options, "--data.micro_batch", "1")
     wait_for(24, tmp_path / "parts", process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     reached = checkpoint(tmp_path / "parts")["global_step"]
     assert 21 <= reached < 60
     train("parts", *options, "--data.micro_batch", "1")
-    whole = train("whole", *options, "--data.micro_batch", "1")
     assert_same_state(whole, tmp_path / "parts")
     assert measured(whole, "train/loss") == measured(tmp_path / "parts", "train/loss")
     assert measured(whole, "val/loss") == measured(tmp_path / "parts", "val/loss")

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sinktrain import __version__
 from sinktrain.data.sources import Source
-from sinktrain.errors import ConfigError, ModelError
+from sinktrain.errors import ConfigError, StreamError
 from sinktrain.evaluation.perplexity import (
     Measured,
     Policy,
@@ -30,6 +32,7 @@ from sinktrain.evaluation.perplexity import (
 from sinktrain.evaluation.statistics import by_position, mean_interval, paired_difference
 from sinktrain.evaluation.texts import TokenizedText, tokenize_for
 from sinktrain.model.checkpoints import ModelSource, describe, load_model
+from sinktrain.model.config import ModelConfig
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.progress import progress_bar
 from sinktrain.streaming.layout import Layout, default_layouts
@@ -46,7 +49,7 @@ class Comparison:
         text: what they are scored on; of shards, the held-out split.
         layouts: the paper's row when empty, N half of the shortest trained length.
         policies: ``streaming``, ``dense``.
-        max_tokens: of the text, over all streams.
+        max_tokens: of the text, over all streams; all of it when None.
         num_streams: parallel streams that the text is cut into.
         device: torch device.
         dtype: of the weights and activations.
@@ -56,21 +59,32 @@ class Comparison:
     text: Source
     layouts: list[Layout]
     policies: tuple[Policy, ...]
-    max_tokens: int
+    max_tokens: int | None
     num_streams: int
     device: str
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
-class _Arm:
-    """A model and its losses under each setting, in the table's order."""
+class _Task:
+    """A model and the streams that it is to be measured on."""
 
     source: ModelSource
-    facts: dict[str, Any]
     text: TokenizedText
-    streams: np.ndarray[Any, np.dtype[np.int64]]
+    streams: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """A measured model: its losses under each setting, in the table's order."""
+
+    task: _Task
+    facts: dict[str, Any]
     measured: list[Measured]
+
+    @property
+    def name(self) -> str:
+        return self.task.source.name
 
 
 def compare(request: Comparison) -> dict[str, Any]:
@@ -84,9 +98,11 @@ def compare(request: Comparison) -> dict[str, Any]:
     """
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     sources = _distinct_names([describe(model) for model in request.models])
-    layouts = request.layouts or _shared_default_layouts(request)
-    arms = [_measure_arm(source, request, layouts) for source in sources]
-    text_name = Path(request.text.location).name
+    configs = [load_model(source.source, "meta").config for source in sources]  # reads no weights
+    layouts = list(dict.fromkeys(request.layouts)) or _shared_default_layouts(configs)
+    tasks = [_task(*one, request, layouts) for one in zip(sources, configs, strict=True)]
+    arms = [_measured_arm(task, request, layouts) for task in tasks]
+    text_name = Path(request.text.location).expanduser().resolve().name
     return {
         "schema_version": SCHEMA_VERSION,
         "environment": _environment(request, started_at),
@@ -107,49 +123,62 @@ def compare(request: Comparison) -> dict[str, Any]:
 # -- measuring ------------------------------------------------------------------------------------
 
 
-def _shared_default_layouts(request: Comparison) -> list[Layout]:
-    lengths = [load_model(model).config.network.max_position_embeddings for model in request.models]
-    return default_layouts(min(lengths))
+def _shared_default_layouts(configs: list[ModelConfig]) -> list[Layout]:
+    return default_layouts(min(config.network.max_position_embeddings for config in configs))
 
 
-def _measure_arm(source: ModelSource, request: Comparison, layouts: list[Layout]) -> _Arm:
-    model = load_model(source.source, request.device, request.dtype)
+def _task(source: ModelSource, config: ModelConfig, request: Comparison, layouts: list[Layout]) -> _Task:
+    """Find what is wrong with a model, its tokenizer or the text before any model is measured."""
     for layout in layouts:
-        layout.check_fits(model.config.network.max_position_embeddings)
-    text = tokenize_for(model, source.source, request.text, request.max_tokens)
-    first_scored = max(layout.num_slots for layout in layouts)
-    streams = cut_streams(text.tokens, request.num_streams, first_scored)
-    stream_len = streams.shape[1] + len(model.sink_ids)
+        layout.check_fits(config.network.max_position_embeddings)
+    text = tokenize_for(config, source.source, request.text, request.max_tokens)
+    return _Task(source, text, cut_streams(text.tokens, request.num_streams, _first_scored(layouts)))
+
+
+def _first_scored(layouts: list[Layout]) -> int:
+    return max(layout.num_slots for layout in layouts)
+
+
+def _measured_arm(task: _Task, request: Comparison, layouts: list[Layout]) -> _Arm:
+    model = load_model(task.source.source, request.device, request.dtype)
+    stream_len = task.streams.shape[1] + len(model.sink_ids)
     settings = settings_for(request.policies, layouts, stream_len)
-    settings = _affordable(settings, model, len(streams), stream_len, source.name)
-    with progress_bar(total=len(settings), desc=source.name, unit="row") as bar:
+    settings = _affordable(settings, model, len(task.streams), stream_len, task.source.name)
+    with progress_bar(total=len(settings), desc=task.source.name, unit="row") as bar:
         measured = []
-        for one in measure(model, streams, settings, first_scored):
+        for one in measure(model, task.streams, settings, _first_scored(layouts)):
             measured.append(one)
             bar.update()
-    return _Arm(source, _facts(source, model), text, streams, measured)
+    return _Arm(task, _facts(task.source, model), measured)
 
 
 def _affordable(
     settings: list[Setting], model: GPTNeoX, num_streams: int, stream_len: int, name: str
 ) -> list[Setting]:
     """Leave out the dense row where its cache does not fit into the device's memory, and say so."""
+    affordable = [setting for setting in settings if setting.policy != "dense"]
     needed, free = dense_bytes(model, num_streams, stream_len), _free_bytes(model.device)
-    if needed < 0.5 * free:
+    if needed < 0.5 * free or affordable == settings:
         return settings
-    print(
-        f"{name}: dense left out: {num_streams} streams of {stream_len} tokens need {needed / 2**30:.1f} GiB "
-        f"of {free / 2**30:.1f}; use a smaller --max-tokens to see it",
-        file=sys.stderr,
+    problem = (
+        f"{num_streams} streams of {stream_len} tokens need {needed / 2**30:.1f} GiB "
+        f"of {free / 2**30:.1f}; use a smaller --max-tokens to see it"
     )
-    return [setting for setting in settings if setting.policy != "dense"]
+    if not affordable:
+        raise StreamError(f"{name}: dense does not fit: {problem}")
+    print(f"{name}: dense left out: {problem}", file=sys.stderr)
+    return affordable
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier rows held is free, but the driver does not know it
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        available = None
+    return 1024 * int(available[1]) if available else sys.maxsize  # only Linux tells
 
 
 # -- results --------------------------------------------------------------------------------------
@@ -181,9 +210,9 @@ def _perplexity(arm: _Arm, one: Measured, text_name: str) -> dict[str, Any]:
     interval = mean_interval(one.scored)
     is_scored = ~np.isnan(one.scored)
     tokens_scored = int(is_scored.sum())
-    num_bytes = arm.text.num_bytes(arm.streams[is_scored])
+    num_bytes = arm.task.text.num_bytes(arm.task.streams[is_scored])
     return {
-        "model": arm.source.name,
+        "model": arm.name,
         **_row(one, text_name),
         "tokens_scored": tokens_scored,
         "loss_nats": interval.mean,
@@ -197,7 +226,7 @@ def _position_loss(arm: _Arm, one: Measured, text_name: str) -> dict[str, Any]:
     stream_pos = np.arange(one.losses.shape[1]) + one.first_pos
     positions, losses = by_position(one.losses, stream_pos)
     return {
-        "model": arm.source.name,
+        "model": arm.name,
         **_row(one, text_name),
         "stream_pos": positions.tolist(),
         "loss_nats": losses.tolist(),
@@ -208,7 +237,7 @@ def _between_models(arms: list[_Arm], text_name: str) -> list[dict[str, Any]]:
     """Later models against earlier ones, under the same setting, where they share a vocabulary."""
     rows = []
     for first, second in itertools.combinations(arms, 2):
-        if first.text.vocabulary != second.text.vocabulary:
+        if first.task.text.tokenizer.sha256 != second.task.text.tokenizer.sha256:
             continue
         for one, other in itertools.product(first.measured, second.measured):
             if _is_same_row(one.setting, other.setting):
@@ -238,8 +267,8 @@ def _between_layouts(arms: list[_Arm], text_name: str) -> list[dict[str, Any]]:
 def _paired(a: _Arm, a_measured: Measured, b: _Arm, b_measured: Measured, text_name: str) -> dict[str, Any]:
     difference = paired_difference(a_measured.scored, b_measured.scored)
     return {
-        "a": a.source.name,
-        "b": b.source.name,
+        "a": a.name,
+        "b": b.name,
         **_row(a_measured, text_name),
         "delta_nats": difference.delta_nats,
         "ci95": [difference.low, difference.high],
@@ -255,11 +284,12 @@ def _is_same_row(a: Setting, b: Setting) -> bool:
 
 def _distinct_names(sources: list[ModelSource]) -> list[ModelSource]:
     """Name models by their folders, with more of the path where two would be called alike."""
-    names = [source.name for source in sources]
-    if len(set(names)) == len(names):
+    places = [os.path.realpath(source.source) for source in sources]
+    for number, source in enumerate(sources):
+        if places[number] in places[:number]:
+            raise ConfigError(f"{source.source} is named twice; name each model once")
+    if len({source.name for source in sources}) == len(sources):
         return sources
-    if len({source.source for source in sources}) < len(sources):
-        raise ConfigError("a model is named twice; name each once")
     return [replace(source, name=source.source) for source in sources]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sinktrain.errors import DataError
+from sinktrain.errors import DataError, ModelError
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.streaming.blockwise import stream_loss
 from sinktrain.streaming.layout import Layout
@@ -66,8 +66,8 @@ def cut_streams(tokens: NDArray[np.int64], num_streams: int, first_scored: int) 
     """
     if len(tokens) < first_scored + 2:
         raise DataError(
-            f"the text has {len(tokens)} tokens and scoring starts after {first_scored}; "
-            "use a longer text or a smaller layout"
+            f"there are {len(tokens)} tokens of text and scoring starts after {first_scored}; "
+            "use a longer text, a larger --max-tokens or smaller --layouts"
         )
     fitting = max(1, min(num_streams, len(tokens) // (4 * first_scored)))
     length = len(tokens) // fitting
@@ -90,14 +90,22 @@ def measure(
     Args:
         streams: int64[stream, token], without sinks.
         first_scored: index of the first text token that counts.
+
+    Raises:
+        ModelError: a loss is not finite.
     """
     num_sinks = len(model.sink_ids)
     sinks = torch.tensor(model.sink_ids, dtype=torch.int64).expand(len(streams), -1)
     tokens = torch.cat((sinks, torch.from_numpy(streams)), dim=1).to(model.device)
     for setting in settings:
-        losses = stream_loss(model, tokens, setting.layout.sinks, setting.layout.window).double().cpu().numpy()
+        losses = stream_loss(model, tokens, setting.layout.sinks, setting.layout.window)
         of_text = np.full(streams.shape, np.nan)
-        of_text[:, 1:] = losses[:, num_sinks:]
+        of_text[:, 1:] = losses[:, num_sinks:].double().cpu().numpy()
+        if not np.isfinite(of_text[:, 1:]).all():
+            raise ModelError(
+                f"losses under {setting.policy} {setting.layout} are not finite: the weights are damaged, "
+                "the training diverged, or the text holds the model's sink"
+            )
         yield Measured(setting, of_text, first_scored, num_sinks)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinktrain.data.shards import TokenSplit, read_manifest
-from sinktrain.data.sources import Source, documents, is_shards
+from sinktrain.data.sources import Source, documents, is_shards, pieces
 from sinktrain.data.tokenizer import Tokenizer, load_tokenizer
 from sinktrain.errors import DataError, ModelError
-from sinktrain.model.checkpoints import find_tokenizer, require_tokenizer
-from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.checkpoints import find_tokenizer
+from sinktrain.model.config import ModelConfig
+from sinktrain.streaming.text import tokenizer_of
+
+PIECE_BYTES = 1 << 20
+"""Of a long document, tokenised at once: a book need not be read to its end for its first tokens."""
 
 
 @dataclass(frozen=True)
@@ -22,49 +28,69 @@ class TokenizedText:
 
     Args:
         tokens: int64[num_tokens].
-        vocabulary: sha256 of the tokenizer; models of one vocabulary can be paired.
-        tokenizer: None when the tokens came from shards and the model has none.
+        tokenizer: models of one ``tokenizer.sha256`` can be paired.
     """
 
     tokens: NDArray[np.int64]
-    vocabulary: str
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer
 
-    def num_bytes(self, tokens: NDArray[np.int64]) -> int | None:
-        """UTF-8 bytes that some tokens stand for, or None without a tokenizer."""
-        return None if self.tokenizer is None else len(self.tokenizer.decode(tokens.tolist()).encode())
+    def num_bytes(self, tokens: NDArray[np.int64]) -> int:
+        """UTF-8 bytes of text that some tokens stand for; end-of-text tokens stand for none."""
+        of_text = tokens[tokens != self.tokenizer.eos_token_id]
+        return len(self.tokenizer.decode(of_text.tolist()).encode())
 
 
-def tokenize_for(model: GPTNeoX, model_source: str, text: Source, max_tokens: int) -> TokenizedText:
-    """The first tokens of a text for a model; of shards, their held-out split.
+def tokenize_for(
+    config: ModelConfig, model_source: str, text: Source, max_tokens: int | None = None
+) -> TokenizedText:
+    """The first tokens of a text for a model, or all of them; of shards, their held-out split.
 
     Raises:
         DataError: the text cannot be read, or the shards are of another tokenizer.
-        ModelError: a text needs a tokenizer and the model has none.
+        ModelError: a text needs a tokenizer and the model has none, or one of another model.
     """
     if is_shards(text.location):
-        return _from_shards(model, model_source, Path(text.location), max_tokens)
-    tokenizer = load_tokenizer(str(require_tokenizer(model_source)))
-    tokens: list[int] = []
+        return _from_shards(config, model_source, text, max_tokens)
+    tokenizer = tokenizer_of(config, model_source)
+    ids = itertools.chain.from_iterable(_encoded(tokenizer, text))
+    return TokenizedText(np.fromiter(itertools.islice(ids, max_tokens), dtype=np.int64), tokenizer)
+
+
+def _encoded(tokenizer: Tokenizer, text: Source) -> Iterator[list[int]]:
     for document in documents(text):
-        tokens += [*tokenizer.encode(document), tokenizer.eos_token_id]
-        if len(tokens) >= max_tokens:
-            break
-    return TokenizedText(np.array(tokens[:max_tokens]), tokenizer.sha256, tokenizer)
+        for piece in pieces(document, PIECE_BYTES):
+            yield tokenizer.encode(piece)
+        yield [tokenizer.eos_token_id]
 
 
-def _from_shards(model: GPTNeoX, model_source: str, folder: Path, max_tokens: int) -> TokenizedText:
+def _from_shards(
+    config: ModelConfig, model_source: str, text: Source, max_tokens: int | None
+) -> TokenizedText:
+    if text != Source(text.location):
+        raise DataError(
+            f"{text.location}: --text-column, --subset, --split and --revision are not for prepared shards, "
+            "whose held-out split is scored; leave them out"
+        )
+    folder = Path(text.location).expanduser()
     manifest = read_manifest(folder)
     found = find_tokenizer(model_source)
     tokenizer = load_tokenizer(str(found or folder))
     if tokenizer.sha256 != manifest.tokenizer_sha256:
-        raise DataError(f"{folder}: these shards were not made with the tokenizer of {model_source}; prepare the text again with --tokenizer {model_source}")
-    if manifest.vocab_size > model.config.vocab_size:
+        raise DataError(
+            f"{folder}: these shards were not made with the tokenizer of {found or folder}; "
+            f"prepare the text again with --tokenizer {found or folder}"
+        )
+    if manifest.vocab_size > config.vocab_size:
         raise ModelError(
-            f"{model_source} has {model.config.vocab_size} vocabulary rows, the shards {folder} use "
+            f"{model_source} has {config.vocab_size} vocabulary rows, the shards {folder} use "
             f"{manifest.vocab_size}; they belong to another model"
         )
     held_out = TokenSplit.open(folder, "val")
-    length = min(max_tokens, held_out.num_tokens)
+    length = held_out.num_tokens if max_tokens is None else min(max_tokens, held_out.num_tokens)
     tokens = held_out.read(np.zeros(1, dtype=np.int64), length)[0]
-    return TokenizedText(tokens, manifest.tokenizer_sha256, tokenizer)
+    if tokens.max() >= manifest.vocab_size:
+        raise DataError(
+            f"{folder}: a shard was edited: it holds token {tokens.max()} of a vocabulary of "
+            f"{manifest.vocab_size}; prepare the text again into another folder"
+        )
+    return TokenizedText(tokens, tokenizer)

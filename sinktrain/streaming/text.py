@@ -7,8 +7,28 @@ from collections.abc import Iterator
 import torch
 from tokenizers.decoders import DecodeStream
 
-from sinktrain.data.tokenizer import Tokenizer
+from sinktrain.data.tokenizer import Tokenizer, load_tokenizer
+from sinktrain.errors import ModelError
+from sinktrain.model.checkpoints import require_tokenizer
+from sinktrain.model.config import ModelConfig
 from sinktrain.streaming.decoder import StreamingDecoder
+
+
+def tokenizer_of(config: ModelConfig, source: str) -> Tokenizer:
+    """The tokenizer that a model came with.
+
+    Raises:
+        ModelError: it came without one, or with one that has more ids than the model has rows.
+        DataError: it cannot be used.
+    """
+    folder = require_tokenizer(source)
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"{source} has {config.vocab_size} vocabulary rows, its tokenizer {tokenizer.vocab_size} ids; "
+            f"put the tokenizer.json of its training into {folder}"
+        )
+    return tokenizer
 
 
 def stream_text(
@@ -22,16 +42,17 @@ def stream_text(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> Iterator[str]:
-    """Continue a prompt in one stream; yields text as soon as it is whole characters.
+    """Continue a prompt in one stream; yields once a token, text as soon as it is whole characters.
 
     An empty prompt starts a new document. Sampling as ``StreamingDecoder.generate``; sinks and the
     rows that only pad the vocabulary are never emitted.
     """
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_token_id]
+    prompt_ids = tokenizer.encode(prompt)
     unknown = range(tokenizer.vocab_size, decoder.model.config.vocab_size)
-    pieces = DecodeStream(skip_special_tokens=False)
+    # It knows the prompt, because some tokenizers drop a text's first space.
+    pieces = DecodeStream(ids=prompt_ids, skip_special_tokens=False)
     tokens = decoder.generate(
-        torch.tensor([ids]),
+        torch.tensor([prompt_ids or [tokenizer.eos_token_id]]),
         max_tokens,
         temperature=temperature,
         top_k=top_k,

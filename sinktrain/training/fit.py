@@ -19,7 +19,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from sinktrain.data.datamodule import WindowData
 from sinktrain.data.tokenizer import TOKENIZER_FILE
@@ -204,9 +204,9 @@ class _Cli(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         optional = str | None
-        parser.add_argument("--run", type=optional, default=None, help="folder; runs/ + config names when null")
+        parser.add_argument("--run", type=optional, default=None, help="folder; after the configs when null")
         parser.add_argument("--resume", default="auto", help="auto, none or a checkpoint's path")
-        parser.add_argument("--ckpt_path", type=optional, default=None, help="checkpoint that validate scores")
+        parser.add_argument("--ckpt_path", type=optional, default=None, help="what validate scores")
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
@@ -329,7 +329,7 @@ def _plain_message(message: str, parser: LightningArgumentParser) -> str:
 
 
 def _is_rank_zero() -> bool:
-    return rank_zero_only.rank == 0
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _checkpoint_to_resume(cli: _Cli, run: RunFolder, identity: dict[str, Any]) -> Path | None:

@@ -95,7 +95,7 @@ class Pretraining(pl.LightningModule):
     # -- the model --------------------------------------------------------------------------------
 
     def model_config(self, data: WindowData) -> ModelConfig:
-        """What is trained on this data: the shards give the sizes and sink ids that the settings leave open."""
+        """What is trained on this data; shards give the sizes and sink ids that the settings leave open."""
         manifest = data.manifest
         source = load_model(self.init_from).config.network if self.init_from else self.network_config
         vocab_size = source.vocab_size or manifest.padded_vocab_size
