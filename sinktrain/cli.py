@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sinktrain.errors import ConfigError, SinktrainError, did_you_mean
+from sinktrain.errors import ConfigError, SinktrainError, did_you_mean, first_line
 
 USER_MISTAKE, INTERRUPTED = 2, 130
 
@@ -47,16 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     share_cores()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no 日 shows ?
     try:
-        return _dispatch(command, arguments)
+        exit_code = _dispatch(command, arguments)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not while Python shuts down
+        return exit_code
     except SinktrainError as error:
-        print(f"{f'sinktrain {command}'.rstrip()}: {_one_line(error)}", file=sys.stderr)
-        return USER_MISTAKE
+        return _mistake(command, str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader has seen enough: `sinktrain stream … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _mistake(command, f"{error.filename}: {error.strerror}")  # a full disk, no permission
 
 
 def share_cores() -> None:
@@ -71,7 +83,8 @@ def share_cores() -> None:
 def _dispatch(command: str, arguments: list[str]) -> int:
     if command:
         if command not in COMMANDS:
-            raise ConfigError(f'no command "{command}"{did_you_mean(command, COMMANDS)}; see sinktrain --help')
+            hint = did_you_mean(command, COMMANDS)
+            raise ConfigError(f'no command "{command}"{hint}; see sinktrain --help')
         return COMMANDS[command](arguments[1:])
     if arguments and arguments[0] == "--version":
         from sinktrain import __version__
@@ -97,9 +110,14 @@ def _prepare(arguments: list[str]) -> int:
     )
     parser.add_argument("text", nargs="?", metavar="TEXT", help="file, folder or Hub dataset id")
     parser.add_argument("--out", type=Path, help="folder for the shards")
-    parser.add_argument("--tokenizer", metavar="NAME_OR_DIR", help="a Hugging Face tokenizer; otherwise one is trained")
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="rows of the trained tokenizer's vocabulary, sinks included"
+        "--tokenizer", metavar="NAME_OR_DIR", help="a Hugging Face tokenizer; otherwise one is trained"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="rows of the trained tokenizer's vocabulary, sinks included",
     )
     parser.add_argument("--val-fraction", type=float, metavar="F", help="share of the text that is held out")
     parser.add_argument("--max-tokens", type=_count, metavar="N", help="stop after so many tokens")
@@ -163,9 +181,13 @@ def _stream(arguments: list[str]) -> int:
         'sinktrain stream runs/quickstart/sink --prompt "Enter the KING" --max-tokens 500 --stats',
     )
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue; - reads it from stdin")
+    parser.add_argument(
+        "--prompt", default="", metavar="TEXT", help="what to continue; - reads it from stdin"
+    )
     parser.add_argument("--layout", metavar="S+W", help="sinks + window (default: half the trained length)")
-    parser.add_argument("--max-tokens", type=_count, metavar="N", default="inf", help="a number, or inf (default)")
+    parser.add_argument(
+        "--max-tokens", type=_count, metavar="N", default="inf", help="a number, or inf (default)"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token")
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
@@ -213,7 +235,10 @@ def _export(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(asdict(exported), default=str))
         return 0
-    print(f"{exported.folder}: loads with plain transformers; its logits differ by {exported.max_logit_diff:.1e} at most")
+    print(
+        f"{exported.folder}: loads with plain transformers; "
+        f"its logits differ by {exported.max_logit_diff:.1e} at most"
+    )
     if not exported.has_tokenizer:
         print(f"{options.model} has no tokenizer, so there is none in the folder", file=sys.stderr)
     return 0
@@ -266,7 +291,9 @@ example:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        hint = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
+        raise ConfigError(f"{message}{hint}; see {self.prog} --help")
 
 
 def _parser(command: str, description: str, example: str) -> _Parser:
@@ -284,11 +311,19 @@ def _parser(command: str, description: str, example: str) -> _Parser:
 
 def _comparison_parser(command: str, description: str, example: str) -> _Parser:
     parser = _parser(command, description, example)
-    parser.add_argument("--text", required=True, metavar="TEXT", help="text to score; of shards, the held-out split")
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, results.md, report.html")
-    parser.add_argument("--layouts", metavar="S+W,…", help="default: 0+N,1+(N-1),2+(N-2),4+(N-4), N half the trained length")
+    parser.add_argument(
+        "--text", required=True, metavar="TEXT", help="text to score; of shards, the held-out split"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for results.json, results.md, report.html"
+    )
+    parser.add_argument(
+        "--layouts", metavar="S+W,…", help="default: 0+N,1+(N-1),2+(N-2),4+(N-4), N half the trained length"
+    )
     parser.add_argument("--policies", default="streaming,dense", metavar="P,…", help="streaming, dense")
-    parser.add_argument("--max-tokens", type=_count, default=65_536, metavar="N", help="of the text (default: 65536)")
+    parser.add_argument(
+        "--max-tokens", type=_count, default=65_536, metavar="N", help="of the text, or inf (default: 65536)"
+    )
     parser.add_argument("--streams", type=int, default=8, metavar="N", help="parallel streams (default: 8)")
     _add_source_options(parser)
     _add_model_options(parser)
@@ -297,7 +332,9 @@ def _comparison_parser(command: str, description: str, example: str) -> _Parser:
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("of the text")
-    group.add_argument("--text-column", metavar="C", help="column of .jsonl, .parquet and Hub datasets (text)")
+    group.add_argument(
+        "--text-column", metavar="C", help="column of .jsonl, .parquet and Hub datasets (text)"
+    )
     group.add_argument("--subset", metavar="NAME", help="of a Hub dataset")
     group.add_argument("--split", metavar="S", default="train", help="of a Hub dataset (train)")
     group.add_argument("--revision", metavar="R", help="of a Hub dataset")
@@ -332,12 +369,14 @@ def _source(options: argparse.Namespace) -> Any:
 
 
 def _check_sampling(options: argparse.Namespace) -> None:
-    if options.temperature < 0:
-        raise ConfigError(f"--temperature {options.temperature} is negative; use 0 or more")
+    if not 0 <= options.temperature < math.inf:
+        raise ConfigError(f"--temperature {options.temperature} cannot be sampled at; use 0 or more")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise ConfigError(f"--top-p {options.top_p} is not a probability; use more than 0, at most 1")
     if options.top_k is not None and options.top_k < 1:
         raise ConfigError(f"--top-k {options.top_k} keeps no token; use 1 or more")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed {options.seed} is out of range; use 0 to {2**63 - 1}")
 
 
 def _device(name: str | None) -> str:
@@ -348,7 +387,7 @@ def _device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}; use cpu") from error
+        raise ConfigError(f"--device {name}: {first_line(error)}; use cpu") from error
     return name
 
 
@@ -369,17 +408,16 @@ def _print_manifest(manifest: Any, folder: Path, as_json: bool) -> None:
 def _stream_to_stdout(options: argparse.Namespace) -> None:
     import torch
 
-    from sinktrain.data.tokenizer import load_tokenizer
-    from sinktrain.model.checkpoints import load_model, require_tokenizer
+    from sinktrain.model.checkpoints import load_model
     from sinktrain.streaming.decoder import StreamingDecoder
     from sinktrain.streaming.layout import Layout, stream_layout
-    from sinktrain.streaming.text import stream_text
+    from sinktrain.streaming.text import stream_text, tokenizer_of
 
-    tokenizer = load_tokenizer(str(require_tokenizer(options.model)))
+    prompt = _prompt(options.prompt)
     model = load_model(options.model, _device(options.device), getattr(torch, options.dtype))
+    tokenizer = tokenizer_of(model.config, options.model)
     layout = Layout.parse(options.layout) if options.layout else stream_layout(model.config)
     decoder = StreamingDecoder(model, layout.sinks, layout.window)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     pieces = stream_text(
         decoder,
         tokenizer,
@@ -391,25 +429,44 @@ def _stream_to_stdout(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     sys.stdout.write(prompt)
-    for piece in _with_stats(pieces, decoder) if options.stats else pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    with closing(_with_stats(pieces, decoder) if options.stats else pieces) as shown:
+        try:
+            for piece in shown:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        finally:
+            sys.stdout.write("\n")
 
 
-def _with_stats(pieces: Any, decoder: Any) -> Any:
+def _prompt(given: str) -> str:
+    """The prompt as typed, or all of stdin for ``-``."""
+    try:
+        if given == "-":
+            return sys.stdin.buffer.read().decode()
+        given.encode()  # what is not UTF-8 on a command line arrives as lone surrogates
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ConfigError(f"--prompt is not UTF-8 at byte {error.start}; convert it first") from None
+    return given
+
+
+def _with_stats(pieces: Generator[str], decoder: Any) -> Generator[str]:
+    """Show the speed, live unless the text shares the terminal, and in a line when it ends or is ended."""
     from sinktrain.progress import progress_bar
 
-    with progress_bar(unit="tok", desc=str(decoder.layout)) as bar:
-        bar.set_postfix_str(f"cache {decoder.cache_bytes / 2**20:.1f} MiB")
-        for piece in pieces:
-            yield piece
-            bar.update()
-    print(
-        f"{bar.n} tokens, {bar.n / bar.format_dict['elapsed']:.1f} tokens/s, layout {decoder.layout}, "
-        f"cache {decoder.cache_bytes:,} bytes, stream position {int(decoder.stream_pos[0]):,}",
-        file=sys.stderr,
-    )
+    started_at, num_tokens = time.monotonic(), 0
+    try:
+        with progress_bar(unit="tok", desc=str(decoder.layout), disable=sys.stdout.isatty()) as bar:
+            for piece in pieces:
+                num_tokens += 1
+                bar.update()
+                yield piece
+    finally:
+        tokens_per_s = num_tokens / (time.monotonic() - started_at)
+        print(
+            f"{num_tokens:,} tokens, {tokens_per_s:,.1f} tokens/s, layout {decoder.layout}, "
+            f"cache {decoder.cache_bytes:,} bytes, stream position {int(decoder.stream_pos[0]):,}",
+            file=sys.stderr,
+        )
 
 
 def _compare_models(options: argparse.Namespace) -> int:
@@ -421,7 +478,10 @@ def _compare_models(options: argparse.Namespace) -> int:
     from sinktrain.report.write import check_report_folder, write_report
     from sinktrain.streaming.layout import Layout
 
+    if options.streams < 1:
+        raise ConfigError(f"--streams {options.streams} is not a number of streams; use 1 or more")
     policies = tuple(options.policies.split(","))
+    layouts = options.layouts.split(",") if options.layouts else []
     for policy in policies:
         if policy not in POLICIES:
             hint = did_you_mean(policy, POLICIES)
@@ -431,7 +491,7 @@ def _compare_models(options: argparse.Namespace) -> int:
         Comparison(
             models=options.models,
             text=_source(options),
-            layouts=[Layout.parse(layout) for layout in options.layouts.split(",")] if options.layouts else [],
+            layouts=[Layout.parse(layout) for layout in layouts],
             policies=policies,
             max_tokens=options.max_tokens,
             num_streams=options.streams,
@@ -446,5 +506,6 @@ def _compare_models(options: argparse.Namespace) -> int:
     return 0
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _mistake(command: str, message: str) -> int:
+    print(f"{f'sinktrain {command}'.rstrip()}: {' '.join(message.split())}", file=sys.stderr)
+    return USER_MISTAKE

@@ -34,3 +34,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``; did you mean "…"?`` for the nearest known word, or nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f'; did you mean "{matches[0]}"?' if matches else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of a library says, short enough for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

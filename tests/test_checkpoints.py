@@ -22,7 +22,9 @@ from tiny_models import (
 from sinktrain.errors import ModelError
 from sinktrain.model.checkpoints import (
     ModelSource,
+    checkpoint_facts,
     describe,
+    empty_model,
     find_tokenizer,
     load_model,
     require_tokenizer,
@@ -206,6 +208,22 @@ def test_describe_tells_what_the_checkpoint_knows(tmp_path: Path) -> None:
     assert describe(str(folder)) == ModelSource("folder", str(folder))
 
 
+def test_checkpoint_facts_are_what_training_wrote(tmp_path: Path) -> None:
+    model = tiny_model()
+    facts = checkpoint_facts(write_checkpoint(model, tmp_path / "model.ckpt"))
+    assert facts.items() >= {"tokens_seen": 6400, "seed": 7, "arm": "sink"}.items()
+    assert ModelConfig.from_dict(facts["model"]) == model.config
+
+
+def test_empty_model_has_the_shapes_and_no_weights() -> None:
+    model = tiny_model()
+    empty = empty_model(model.config)
+    assert {name: p.shape for name, p in empty.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+    assert all(p.is_meta for p in empty.parameters())
+
+
 def test_tokenizer_is_found_beside_every_form(tmp_path: Path) -> None:
     run = write_run(tiny_model(), tmp_path / "run")
     folder = write_folder(tiny_model(), tmp_path / "folder")
@@ -271,11 +289,11 @@ def hub_error(name: str) -> Exception:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("RepositoryNotFoundError", "neither a folder here nor a model on the Hub; mend the name"),
+        ("RepositoryNotFoundError", "is neither here nor on the Hub; mend the name"),
         ("GatedRepoError", "is gated; ask for access"),
         ("RevisionNotFoundError", "has no revision step7 on the Hub; use one of its branches"),
-        ("HfHubHTTPError", "is no folder here, and the Hub does not give it: 404 Client Error"),
-        (ConnectionError(), "is no folder here, and the Hub does not give it: ConnectionError"),
+        ("HfHubHTTPError", "is not here, and the Hub does not give it: 404 Client Error"),
+        (ConnectionError(), "is not here, and the Hub does not give it: ConnectionError"),
     ],
 )
 def test_hub_error_is_one_line(hub: Callable[..., Any], error: str | Exception, message: str) -> None:
@@ -291,7 +309,7 @@ def test_hub_id_that_is_not_cached_is_one_line_offline(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"^org/uncached is no folder here, .* offline mode .*$"):
+    with pytest.raises(ModelError, match=r"^org/uncached is not here, .* offline mode .*$"):
         load_model("org/uncached")
 
 
@@ -400,15 +418,19 @@ class Intruder:
     """A class that a checkpoint from elsewhere could smuggle in."""
 
 
-@pytest.mark.parametrize("content", ["text", "cut off", "an object"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "not a checkpoint", "the text", "home made", "Gone", "cut off", "an object"],
+)
 def test_checkpoint_that_cannot_be_read_safely_is_refused(tmp_path: Path, content: str) -> None:
+    """Texts begin with letters that the unpickler takes for commands; each fails in its own way."""
     path = write_checkpoint(tiny_model(), tmp_path / "model.ckpt")
-    if content == "text":
-        path.write_text("not a checkpoint")
-    elif content == "cut off":
+    if content == "cut off":
         path.write_bytes(path.read_bytes()[:-1000])
-    else:
+    elif content == "an object":
         torch.save({"state_dict": Intruder()}, path)
+    else:
+        path.write_text(content)
     with pytest.raises(ModelError, match=r"model.ckpt is damaged, or holds more than tensors") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ from sinktrain.errors import (
     SinktrainError,
     StreamError,
     did_you_mean,
+    first_line,
 )
 
 
@@ -25,6 +26,11 @@ def test_did_you_mean_names_the_nearest_known_word():
 def test_did_you_mean_says_nothing_when_nothing_is_near():
     assert did_you_mean("xyz", ["warmup_steps"]) == ""
     assert did_you_mean("xyz", []) == ""
+
+
+def test_first_line_is_what_an_error_says_or_its_name():
+    assert first_line(OSError("\ntoo full\nlong story")) == "too full"
+    assert first_line(ConnectionError()) == "ConnectionError"
 
 
 @pytest.mark.parametrize("child", [ConfigError, DataError, ExportError, ModelError, StreamError])

@@ -21,11 +21,13 @@ from sinktrain.data.datamodule import WindowData
 from sinktrain.errors import ConfigError
 from sinktrain.model.checkpoints import load_model
 from sinktrain.model.config import PYTHIA, NetworkConfig, SinkConfig
-from sinktrain.training import fit as fit_module
+from sinktrain.training import settings
 from sinktrain.training.callbacks import LAST
-from sinktrain.training.fit import _Cli, config_folder, default_run, find_config, fit
+from sinktrain.training.configs import config_folder, default_run, find_config
+from sinktrain.training.fit import fit
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining, arm_name
+from sinktrain.training.settings import TrainingCLI
 
 
 @pytest.fixture(scope="module")
@@ -414,12 +416,12 @@ RECIPES = [name for name in SHIPPED if name not in OVERLAYS]
 @pytest.fixture
 def parsed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The settings that a command line gives, with nothing made of them."""
-    monkeypatch.setattr(_Cli, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr(_Cli, "before_instantiate_classes", lambda self: None)
+    monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(TrainingCLI, "before_instantiate_classes", lambda self: None)
 
     def parse(*names: str) -> Any:
         configs = itertools.chain.from_iterable(("--config", name) for name in names)
-        return _Cli([*configs, "--data.path", str(shards)]).config
+        return TrainingCLI([*configs, "--data.path", str(shards)]).config
 
     return parse
 
@@ -522,6 +524,45 @@ def test_print_config_prints_every_setting(shards: Path, capsys: pytest.CaptureF
     assert printed["data"]["micro_batch"] == 32
 
 
+# -- the trainer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_elastic", [False, True])
+def test_slurm_does_not_requeue_inside_a_signal_handler(
+    is_elastic: bool, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started by torchrun within SLURM, the run belongs to torchrun, as Lightning has it."""
+    cli = TrainingCLI(tiny_run(shards, tmp_path / "run"))
+    assert "SLURM" not in environment_of(cli)
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    if is_elastic:
+        for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+            monkeypatch.setenv(name, "0")
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, "1")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert environment_of(cli) == (
+        "TorchElasticEnvironment" if is_elastic else "SLURMEnvironment, no requeue"
+    )
+
+
+def environment_of(cli: TrainingCLI) -> str:
+    environment = cli.make_trainer(is_training=True)._accelerator_connector.cluster_environment
+    requeue = ", no requeue" if getattr(environment, "auto_requeue", None) is False else ""
+    return type(environment).__name__ + requeue
+
+
+def test_slurm_asked_for_in_a_way_lightning_cannot_take_is_one_line(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert main(["fit", *tiny_run(shards, tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "sinktrain fit: trainer: You set `--ntasks=2` in your SLURM bash script" in told
+    assert told.count("\n") == 1
+
+
 # -- loggers --------------------------------------------------------------------------------------
 
 
@@ -539,7 +580,7 @@ def test_tensorboard_logs_lie_in_the_run_folder_and_go_on(train: Callable[..., P
 def test_a_missing_logger_package_is_named(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fit_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     for overlay, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
         assert main(["fit", *tiny_run(shards, tmp_path / "run", "--config", overlay)]) == 2
         assert f"trainer.logger needs the package {package}; pip install" in capsys.readouterr().err

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sinktrain.data import encoding, segments, shards
 from sinktrain.data import prepare as module
-from sinktrain.data import shards
 from sinktrain.data.prepare import PrepareOptions, prepare
 from sinktrain.data.shards import TokenSplit, read_manifest, verify
 from sinktrain.data.sources import Source, documents, is_held_out, pieces
@@ -117,8 +117,8 @@ def test_larger_texts_hold_out_less_and_in_larger_pieces(
     sizes = (64_000, 640_000, 4_000_000, 40_000_000, 400_000_000)
     plans = []
     for size in sizes:
-        monkeypatch.setattr(module, "_measured", lambda source, size=size: size)
-        plan = module._planned(options_for(text, out))
+        monkeypatch.setattr(segments, "_measured", lambda source, size=size: size)
+        plan = segments.planned(options_for(text, out).source, None)
         plans.append((plan.piece_bytes, plan.val_fraction, plan.text_bytes))
     assert plans == [
         (1024, 0.1, 64_000),
@@ -160,7 +160,7 @@ def test_number_of_workers_does_not_change_a_byte(
     text: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "POOL_BYTES", 0)
-    monkeypatch.setattr(module, "TASK_BYTES", 5000)
+    monkeypatch.setattr(segments, "TASK_BYTES", 5000)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 5000)
     prepare(options_for(text, out, workers=1))
     prepare(options_for(text, out.with_name("pool"), workers=2))
@@ -171,7 +171,7 @@ def test_number_of_workers_does_not_change_a_byte(
 def test_max_tokens_stops_after_the_part_that_reaches_them(
     text: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TASK_BYTES", 5000)
+    monkeypatch.setattr(segments, "TASK_BYTES", 5000)
     whole = prepare(options_for(text, out.with_name("whole")))
     manifest = prepare(options_for(text, out, max_tokens=7000, tokenizer=str(out.with_name("whole"))))
     num_tokens = sum(counts.tokens for counts in manifest.splits.values())
@@ -187,7 +187,7 @@ def test_finished_folder_is_returned_at_once(
 ) -> None:
     manifest = prepare(options_for(text, out))
     before = contents(out)
-    monkeypatch.setattr(module, "documents", None)  # the text is not read again
+    monkeypatch.setattr(segments, "documents", None)  # the text is not read again
     assert prepare(options_for(text, out)) == manifest
     assert f"{out}: already prepared\n" in capsys.readouterr().err
     assert contents(out) == before
@@ -309,9 +309,9 @@ def test_empty_split_is_refused_and_can_be_mended_in_place(text: Path, out: Path
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, num_tasks: int) -> None:
     """Let the preparation be interrupted when it has written some tasks."""
-    monkeypatch.setattr(module, "TASK_BYTES", 5000)
+    monkeypatch.setattr(segments, "TASK_BYTES", 5000)
     monkeypatch.setattr(module, "SAVE_INTERVAL_S", 0.0)
-    encode = module._encode
+    encode = encoding._encode
     calls = itertools.count()
 
     def encode_some(*arguments: Any) -> Any:
@@ -319,14 +319,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, num_tasks: int) -> None:
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(module, "_encode", encode_some)
+    monkeypatch.setattr(encoding, "_encode", encode_some)
 
 
 def test_interrupted_and_continued_equals_uninterrupted(
     text: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_TOKENS", 3000)
-    monkeypatch.setattr(module, "TASK_BYTES", 5000)
+    monkeypatch.setattr(segments, "TASK_BYTES", 5000)
     whole = out.with_name("whole")
     prepare(options_for(text, whole))
     for num_tasks in (0, 1, 2, 5):
@@ -346,10 +346,10 @@ def test_interrupted_and_continued_equals_uninterrupted(
 KILLED_EVERYWHERE = """
 import os, pathlib, shutil, signal, sys
 from sinktrain import files
-from sinktrain.data import prepare as module, shards, sources
+from sinktrain.data import prepare as module, segments, shards, sources
 
 text, folder = sys.argv[1], pathlib.Path(sys.argv[2])
-module.TASK_BYTES, module.SAVE_INTERVAL_S, shards.SHARD_TOKENS = 8_000, 0.0, 3_000
+segments.TASK_BYTES, module.SAVE_INTERVAL_S, shards.SHARD_TOKENS = 8_000, 0.0, 3_000
 
 def options(out):
     return module.PrepareOptions(sources.Source(text), out, vocab_size=300)
@@ -411,9 +411,9 @@ def test_killed_at_any_step_and_continued_equals_uninterrupted(tmp_path: Path) -
 
 IN_A_POOL = """
 import pathlib, sys
-from sinktrain.data import prepare as module, sources
+from sinktrain.data import prepare as module, segments, sources
 if __name__ == "__main__":
-    module.POOL_BYTES, module.TASK_BYTES, module.SAVE_INTERVAL_S = 0, 2_000, 0.0
+    module.POOL_BYTES, segments.TASK_BYTES, module.SAVE_INTERVAL_S = 0, 2_000, 0.0
     source = sources.Source(sys.argv[1])
     module.prepare(module.PrepareOptions(source, pathlib.Path(sys.argv[2]), vocab_size=300, workers=2))
 """
@@ -448,8 +448,8 @@ def test_killed_worker_is_one_line_and_the_same_command_continues(
     text: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "POOL_BYTES", 0)
-    monkeypatch.setattr(module, "TASK_BYTES", 5000)
-    read = module.documents
+    monkeypatch.setattr(segments, "TASK_BYTES", 5000)
+    read = segments.documents
 
     def kill_workers_on_the_way(source: Source, skip: int = 0) -> Iterator[str]:
         for number, document in enumerate(read(source, skip)):
@@ -459,7 +459,7 @@ def test_killed_worker_is_one_line_and_the_same_command_continues(
             yield document
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "documents", kill_workers_on_the_way)
+        patch.setattr(segments, "documents", kill_workers_on_the_way)
         message = refused(options_for(text, out, workers=2), DataError)
     assert message.startswith("a tokenising process was killed, perhaps for lack of memory; the same command")
     prepare(options_for(text, out))
@@ -472,9 +472,9 @@ def test_hub_dataset_is_prepared_without_being_measured(
 ) -> None:
     source = Source("org/name", subset="en", revision="main")
     local = Source(str(text))
-    monkeypatch.setattr(module, "documents", lambda source, skip=0: documents(local, skip))
+    monkeypatch.setattr(segments, "documents", lambda source, skip=0: documents(local, skip))
     options = dataclasses.replace(options_for(text, out), source=source)
-    assert module._planned(options) == module._Plan(65_536, 0.005, None)
+    assert segments.planned(source, None) == segments.Plan(65_536, 0.005, None)
     manifest = prepare(dataclasses.replace(options, val_fraction=0.3, workers=1))
     assert manifest.source == dataclasses.asdict(source)
 

@@ -276,10 +276,10 @@ def test_quickstart_prepares_trains_both_arms_and_compares(checkout: Checkout) -
     out = checkout.elsewhere / "my runs"
     options = f"--data.path {out}/shards --trainer.accelerator gpu"
     assert [line for line in checkout.asked() if line.startswith("sinktrain")] == [
-        f"sinktrain prepare data/shakespeare.txt.xz --vocab-size 2048 --out {out}/shards",
+        f"sinktrain prepare data/shakespeare.txt.xz --vocab-size 1024 --out {out}/shards",
         f"sinktrain fit --config quickstart --run {out}/vanilla {options}",
         f"sinktrain fit --config quickstart --config sink --run {out}/sink {options}",
-        f"sinktrain compare {out}/vanilla {out}/sink --text {out}/shards --out {out}/compare",
+        f"sinktrain compare {out}/vanilla {out}/sink --text {out}/shards --out {out}/compare --max-tokens 32768",
     ]
     *said, report = done.stdout.splitlines()
     assert said == [f"said by sinktrain {command}" for command in ("prepare", "fit", "fit", "compare")]

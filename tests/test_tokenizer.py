@@ -194,11 +194,11 @@ def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def unreachable(name: str, allow_patterns: list[str]) -> str:
+    def unreachable(name: str, **_: object) -> str:
         raise LocalEntryNotFoundError("cannot reach the Hub\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    expected = "org/name: no such folder, and no tokenizer on the Hub: cannot reach the Hub"
+    expected = "org/name is not here, and the Hub does not give it: cannot reach the Hub"
     assert message_of("org/name") == expected
 
 
@@ -208,7 +208,7 @@ def test_hub_tokenizer_is_read_from_its_snapshot(
     import huggingface_hub
 
     tokenizer.save(tmp_path / "tokenizer.json")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path))
     assert load_tokenizer("org/name").sha256 == tokenizer.sha256
 
 

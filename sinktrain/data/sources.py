@@ -18,7 +18,7 @@ from pathlib import Path
 from shutil import copyfileobj
 from typing import Any, BinaryIO, cast
 
-from sinktrain.errors import DataError, did_you_mean
+from sinktrain.errors import DataError, did_you_mean, first_line
 
 DOCUMENT_LINE = b"<|doc|>"
 BYTE_ORDER_MARK = "\ufeff"
@@ -154,11 +154,6 @@ def is_held_out(piece: str, fraction: float) -> bool:
     """Whether a piece belongs to the held-out text. Depends on its words alone: twins stay together."""
     digest = hashlib.sha256(piece.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of a library says, short enough for a message of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _piece_end(text: bytes, begin: int, limit: int) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from sinktrain.data.sources import first_line
-from sinktrain.errors import DataError, did_you_mean
+from sinktrain.data.hub import snapshot
+from sinktrain.errors import DataError, did_you_mean, first_line
 from sinktrain.files import write_json, write_text
 
 RESERVED_SINKS = 8
@@ -152,7 +152,7 @@ def load_tokenizer(name_or_dir: str) -> Tokenizer:
     if name_or_dir.startswith((".", "/", "~")) or path.suffix == ".json":
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such tokenizer{did_you_mean(path.name, siblings)}")
-    return _from_folder(_hub_folder(name_or_dir), name_or_dir)
+    return _from_folder(snapshot(name_or_dir, HUB_FILES, DataError), name_or_dir)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -205,18 +205,6 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
             f"{name}: no {TOKENIZER_FILE}, and transformers cannot make one: {first_line(error)}"
         ) from error
     return Tokenizer(definition, converted.eos_token)
-
-
-def _hub_folder(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            f"{name}: no such folder, and no tokenizer on the Hub: {first_line(error)}"
-        ) from error
 
 
 def _configured_eos(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sinktrain import __version__
 from sinktrain.data.sources import Source
-from sinktrain.errors import ConfigError, StreamError
+from sinktrain.errors import ConfigError, ModelError, StreamError
 from sinktrain.evaluation.perplexity import (
     Measured,
     Policy,
@@ -147,6 +147,11 @@ def _measured_arm(task: _Task, request: Comparison, layouts: list[Layout]) -> _A
     with progress_bar(total=len(settings), desc=task.source.name, unit="row") as bar:
         measured = []
         for one in measure(model, task.streams, settings, _first_scored(layouts)):
+            if not np.isfinite(one.losses[:, 1:]).all():
+                raise ModelError(
+                    f"{task.source.source} gives losses that are not finite: its weights are damaged, its "
+                    "training diverged, or the text holds its sink"
+                )
             measured.append(one)
             bar.update()
     return _Arm(task, _facts(task.source, model), measured)

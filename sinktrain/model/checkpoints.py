@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ NETWORK_PREFIX = "network."
 
 _LAST = Path("checkpoints", "last.ckpt")
 _TOKENIZER = "tokenizer.json"
+_DAMAGE = (pickle.UnpicklingError, struct.error, EOFError, LookupError, RuntimeError, ValueError)
+"""What the unpickler makes of bytes that were never a checkpoint, or are no longer."""
+
 _FORMS = "a run folder, a Lightning .ckpt, a Hugging Face folder or a Hub id such as EleutherAI/pythia-160m"
 
 
@@ -73,8 +77,7 @@ def load_model(
     """
     found = _find(source, revision)
     config, weights = _read_checkpoint(found.path) if found.is_checkpoint else _read_folder(found.path)
-    with torch.device("meta"), _NoInitialization():
-        model = GPTNeoX(config)
+    model = empty_model(config)
     _check_weights(model.state_dict(), weights, found.path)
     # Copied, because what was read are windows on a file that may change later.
     cast = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
@@ -82,14 +85,34 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)  # moves the rotary steps, which no file holds
 
 
+def empty_model(config: ModelConfig) -> GPTNeoX:
+    """The network without weights: its parameters have shapes alone, on the meta device."""
+    with torch.device("meta"), _NoInitialization():
+        return GPTNeoX(config)
+
+
 def describe(source: str | Path, revision: str | None = None) -> ModelSource:
     """Say where a model came from, without reading its weights; errors as ``load_model``."""
     found = _find(source, revision)
     if found.is_checkpoint:
-        facts = _open_checkpoint(found.path)[CHECKPOINT_KEY]
+        facts = checkpoint_facts(found.path)
     else:
         facts = _read_json(found.path / "config.json").get(CHECKPOINT_KEY, {})
     return ModelSource(found.name, str(source), *(facts.get(key) for key in ("tokens_seen", "seed", "arm")))
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """What a Lightning checkpoint says of its model and training, without reading its weights.
+
+    Returns:
+        ``format_version``, ``model`` (a ``ModelConfig`` as a dict), ``arm``, ``seed``, ``data_fingerprint``,
+        ``samples_consumed``, ``tokens_seen`` and what else training wrote.
+
+    Raises:
+        ModelError: it is no checkpoint of ours, or is damaged.
+    """
+    facts: dict[str, Any] = _open_checkpoint(path)[CHECKPOINT_KEY]
+    return facts
 
 
 def find_tokenizer(source: str | Path, revision: str | None = None) -> Path | None:
@@ -217,7 +240,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except _DAMAGE as error:
         raise ModelError(
             f"{path} is damaged, or holds more than tensors and plain values; give {_FORMS}"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sinktrain.errors import ConfigError
@@ -13,7 +14,7 @@ from sinktrain.report.tables import results_markdown
 
 def check_report_folder(out: Path) -> None:
     """Raise ConfigError if ``out`` holds something other than an earlier report."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file()):
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_report(out / "results.json")):
         raise ConfigError(f"--out {out} holds something that is not a report; choose another folder")
 
 
@@ -26,3 +27,11 @@ def write_report(results: Results, out: Path) -> None:
     write_json(out / "results.json", results)
     write_text(out / "results.md", results_markdown(results))
     write_text(out / "report.html", report_page(results))
+
+
+def _is_report(results: Path) -> bool:
+    """Whether a results.json is one of ours: others use that name too."""
+    try:
+        return "schema_version" in json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -41,7 +41,7 @@ def stream_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Continue a prompt in one stream; yields once a token, text as soon as it is whole characters.
 
     An empty prompt starts a new document. Sampling as ``StreamingDecoder.generate``; sinks and the

@@ -1,0 +1,245 @@
+"""The settings of a run: parsed and checked by LightningCLI, with plain messages; the Trainer they make."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from sinktrain.data.datamodule import WindowData
+from sinktrain.errors import ConfigError, did_you_mean
+from sinktrain.training.callbacks import Checkpoints, CheckpointSettings, Metrics, ProgressBar, StopOnSignal
+from sinktrain.training.configs import default_run, with_config_paths
+from sinktrain.training.metrics_table import MetricsTable
+from sinktrain.training.module import Pretraining
+from sinktrain.training.run import RunFolder
+
+TRAINER_DEFAULTS = {
+    "accelerator": "auto",
+    "devices": 1,
+    "max_epochs": -1,  # one endless epoch: the loader never ends, max_steps does
+    "max_steps": -1,
+    "val_check_interval": 1000,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "logger": False,  # metrics.csv is always written; overlays add others
+    "enable_checkpointing": False,  # ours are atomic
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "precision": (lambda value: value in ("16-mixed", "16-true", "16", 16), "bf16-mixed or 32-true"),
+    "accumulate_grad_batches": (lambda value: value != 1, "data.micro_batch, which does the same"),
+    "gradient_clip_val": (lambda value: value is not None, "model.clip_norm"),
+}
+"""Settings of Lightning's that would not do here: which values, and what does."""
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI without subcommands (each costs seconds to build) and without what it decides for us.
+
+    Args:
+        args: the command line, configs by path or name.
+
+    Raises:
+        SinktrainError: a setting or config that cannot be used.
+    """
+
+    config: Any
+    model: Pretraining
+    datamodule: WindowData
+    run_id: str
+
+    def __init__(self, args: list[str]) -> None:
+        _quiet_lightning()
+        self.default_run = default_run(args)
+        super().__init__(
+            Pretraining,
+            WindowData,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=1234,
+            parser_class=_Parser,
+            parser_kwargs={"allow_abbrev": False},
+            args=with_config_paths(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        optional = str | None
+        parser.add_argument("--run", type=optional, default=None, help="folder; after the configs when null")
+        parser.add_argument("--resume", default="auto", help="auto, none or a checkpoint's path")
+        parser.add_argument("--ckpt_path", type=optional, default=None, help="what validate scores")
+        parser.add_class_arguments(CheckpointSettings, "checkpoint")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        if not 0 <= self.config.seed_everything < 2**32:
+            raise ConfigError(f"seed_everything is {self.config.seed_everything}; use 0 to {2**32 - 1}")
+
+    def before_instantiate_classes(self) -> None:
+        loggers = self.config.trainer.logger
+        self.run_id = self.run.read_id() or uuid.uuid4().hex[:12]
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if hasattr(logger, "class_path"):
+                _place_logger(logger, self.run, self.run_id)
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(Path(self.config.run or self.default_run))
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        """Made by ``make_trainer`` once the run folder is known."""
+        return None
+
+    def make_trainer(self, is_training: bool) -> pl.Trainer:
+        """The Trainer of the run, or one that only validates and leaves the run folder alone.
+
+        Raises:
+            ConfigError: a setting of the Trainer's that cannot be used.
+        """
+        settings = dict(self.config_init.trainer)
+        for name, (is_bad, remedy) in UNSUPPORTED.items():
+            if is_bad(settings.get(name)):
+                raise ConfigError(f"trainer.{name} {settings[name]} is not supported; use {remedy}")
+        if is_training:
+            settings["callbacks"] = [*(settings["callbacks"] or []), *self._callbacks()]
+            settings["default_root_dir"] = self.run.path
+        else:
+            settings |= {"enable_progress_bar": False, "logger": False}
+        try:
+            settings["plugins"] = settings["plugins"] or _cluster_plugins()
+            return pl.Trainer(**settings)
+        except (MisconfigurationException, RuntimeError, ValueError) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _callbacks(self) -> list[pl.Callback]:
+        metrics = Metrics(MetricsTable(self.run.path / "metrics.csv"))
+        checkpoints = Checkpoints(self.run.checkpoints, self.config_init.checkpoint)
+        callbacks = [metrics, checkpoints, StopOnSignal(checkpoints)]
+        has_bar = self.config_init.trainer.enable_progress_bar is not False
+        return [*callbacks, ProgressBar(metrics)] if has_bar else callbacks
+
+    def identity(self) -> dict[str, Any]:
+        """What a run folder must agree on to be continued."""
+        return {
+            "model": self.model.model_config(self.datamodule).to_dict(),
+            "init_from": self.model.init_from,
+            "data_fingerprint": self.datamodule.manifest.fingerprint,
+            "score_sink": self.datamodule.score_sink,
+            "seed_everything": self.config.seed_everything,
+        }
+
+    def dump(self) -> str:
+        """Every setting, as the YAML that makes the same run again."""
+        text: str = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
+        return text
+
+
+def _cluster_plugins() -> list[SLURMEnvironment]:
+    """SLURM as Lightning finds it, less its requeueing: that saves in a signal handler, half a step or never.
+
+    ``StopOnSignal`` saves between steps; the same command continues.
+    """
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
+
+
+def _quiet_lightning() -> None:
+    """Silence what says nothing about the run: hardware that is absent, tips, known deprecations."""
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec.*",
+        ".*litlogger.*",
+        ".*sync_dist=True.*",  # val/loss is summed over the ranks already
+        ".*broadcast_buffers.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+# -- loggers --------------------------------------------------------------------------------------
+
+
+def _place_logger(logger: Any, run: RunFolder, run_id: str) -> None:
+    """Keep a logger's files in the run folder, and a continued run in the same W&B run."""
+    name = logger.class_path.rpartition(".")[2]
+    if name == "WandbLogger":
+        _need("wandb", "pip install 'sinktrain[wandb]'")
+        placed = {"name": run.path.name, "id": run_id}
+    elif name == "TensorBoardLogger":
+        _need("tensorboard", "pip install tensorboard")
+        placed = {"name": "tensorboard", "version": ""}
+    else:
+        return
+    for key, value in {"save_dir": str(run.path), **placed}.items():
+        logger.init_args[key] = value
+
+
+def _need(package: str, remedy: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(f"trainer.logger needs the package {package}; {remedy}, or leave that overlay out")
+
+
+# -- plain messages -------------------------------------------------------------------------------
+
+
+class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(_plain_message(message, self)) from ex
+
+
+_UNKNOWN_SETTING = re.compile(
+    r"Option '(?P<option>[^']+)' is not accepted"
+    r"|Group '(?P<group>[^']+)' does not accept option '(?P<inner>[^']+)'"
+    r"|[Uu]nrecognized arguments: (?P<argument>\S+)"
+)
+
+_PLAIN_WORDS = [
+    ("Parser key ", "setting "),
+    (r"Does not validate .*? Subtypes: \[(.*)\] Errors: .* value: (.*)", r"Expected a \1. Got value: \2"),
+    (r"<class 'NoneType'>", "null"),
+    (r"<class '(\w+)'>", r"\1"),
+    (r"typing\.Literal\[(.*?)\]", r"\1"),
+    (r"Expected a (.*)\. Got value: (.*)", r"expected \1, found \2"),
+    (
+        r".*arguments are required: .*data\.path.*",
+        "data.path is missing; pass --data.path SHARDS, made by sinktrain prepare",
+    ),
+]
+"""What jsonargparse says of a value, and what we say."""
+
+
+def _plain_message(message: str, parser: LightningArgumentParser) -> str:
+    """jsonargparse's message in one line that names the setting, and the one that was probably meant."""
+    text = " ".join(message.split())
+    unknown = _UNKNOWN_SETTING.search(text)
+    if unknown:
+        found = unknown.groupdict()
+        name = found["option"] or found["argument"] or f"{found['group']}.{found['inner']}"
+        name = name.lstrip("-").partition("=")[0]
+        known = [action.dest for action in parser._actions]
+        return f'unknown setting "{name}"{did_you_mean(name, known)}'
+    for pattern, plain in _PLAIN_WORDS:
+        text = re.sub(pattern, plain, text)
+    return text

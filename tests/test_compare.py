@@ -1,0 +1,512 @@
+"""A comparison gives every field of results.json, pairs the same tokens, and is refused before it starts."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_model, write_run
+from tiny_runs import TEXT, tiny_tokenizer, write_text_run
+from tiny_shards import write_shards
+
+from sinktrain.data.sources import Source
+from sinktrain.data.tokenizer import load_tokenizer, train_tokenizer
+from sinktrain.errors import ConfigError, DataError, ModelError, SinktrainError, StreamError
+from sinktrain.evaluation import compare as compare_module
+from sinktrain.evaluation.compare import Comparison, compare
+from sinktrain.evaluation.statistics import by_position, mean_interval, paired_difference
+from sinktrain.model.checkpoints import load_model
+from sinktrain.streaming.blockwise import stream_loss
+from sinktrain.streaming.layout import Layout
+
+N = 16  # half of the runs' trained length
+STREAMS = 4
+LAYOUTS = [Layout(sinks, N - sinks) for sinks in (0, 1, 2, 4)]
+Results = dict[str, Any]
+
+# -- the schema of interface.md -------------------------------------------------------------------
+
+NUMBER = (int, float)
+NONE = type(None)
+ROW = {"text": str, "policy": str, "sinks": int, "window": int}
+SINK = {"kind": str, "count": int, "token_ids": list}
+FIELDS: dict[str, dict[str, Any]] = {
+    "models": {
+        "name": str,
+        "source": str,
+        "parameters": int,
+        "sink": dict,
+        "tokens_seen": (int, NONE),
+        "seed": (int, NONE),
+        "arm": (str, NONE),
+    },
+    "perplexity": {
+        "model": str,
+        **ROW,
+        "tokens_scored": int,
+        "loss_nats": float,
+        "perplexity": float,
+        "bits_per_byte": (float, NONE),
+        "ci95": list,
+    },
+    "paired": {"a": str, "b": str, **ROW, "delta_nats": float, "ci95": list, "p": float, "interval": str},
+    "position_loss": {"model": str, **ROW, "stream_pos": list, "loss_nats": list},
+}
+NOT_MEASURED = ("latency", "sink_metric", "sink_attention", "norms", "removal", "streameval", "quantized")
+
+
+def schema_problems(results: Results) -> list[str]:
+    """What of interface.md's results.json is missing or of another type."""
+    expected = {"schema_version", "environment", *FIELDS, *NOT_MEASURED}
+    problems = [f"{key} is missing" for key in expected - set(results)]
+    problems += [f"{key} is unknown" for key in set(results) - expected]
+    problems += [f"{key} is not an empty list" for key in NOT_MEASURED if results.get(key) != []]
+    if type(results.get("schema_version")) is not int or not isinstance(results.get("environment"), dict):
+        problems.append("schema_version or environment")
+    for name, fields in FIELDS.items():
+        for number, entry in enumerate(results.get(name, [])):
+            problems += _entry_problems(f"{name}[{number}]", entry, fields)
+    for model in results.get("models", []):
+        problems += _entry_problems(f"sink of {model['name']}", model["sink"], SINK)
+    return problems
+
+
+def _entry_problems(where: str, entry: Any, fields: dict[str, Any]) -> list[str]:
+    problems = [
+        f"{where}.{key} is {entry.get(key)!r}" for key, kind in fields.items() if not _is(entry, key, kind)
+    ]
+    if "policy" in fields and entry["policy"] not in ("streaming", "dense", "recompute"):
+        problems.append(f"{where}.policy is {entry['policy']}")
+    if "ci95" in fields and not (len(entry["ci95"]) == 2 and entry["ci95"][0] <= entry["ci95"][1]):
+        problems.append(f"{where}.ci95 is {entry['ci95']}")
+    if "stream_pos" in fields and not 0 < len(entry["stream_pos"]) == len(entry["loss_nats"]):
+        problems.append(f"{where}: {len(entry['stream_pos'])} positions, {len(entry['loss_nats'])} losses")
+    return problems
+
+
+def _is(entry: Any, key: str, kind: Any) -> bool:
+    return isinstance(entry, dict) and key in entry and isinstance(entry[key], kind)
+
+
+# -- models and texts -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("compare")
+    (home / "text.txt").write_text(TEXT)
+    write_text_run(home / "vanilla", seed=1)
+    write_text_run(home / "sink", 1, seed=2)
+    write_text_run(home / "sinks", 2, seed=3)
+    other = train_tokenizer(iter([TEXT.upper()]), 290)
+    write_text_run(home / "other words", tokenizer=other)
+    return home
+
+
+def asked(home: Path, *models: str, **changes: Any) -> Comparison:
+    request = Comparison(
+        models=[str(home / model) for model in models],
+        text=Source(str(home / "text.txt")),
+        layouts=[],
+        policies=("streaming", "dense"),
+        max_tokens=None,
+        num_streams=STREAMS,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    return replace(request, **changes)
+
+
+@pytest.fixture(scope="module")
+def results(home: Path) -> Results:
+    return compare(asked(home, "vanilla", "sink"))
+
+
+def row_of(results: Results, kind: str, **wanted: Any) -> dict[str, Any]:
+    (row,) = (row for row in results[kind] if row | wanted == row)
+    return row
+
+
+def scored_losses(home: Path, model: str, layout: Layout) -> np.ndarray[Any, Any]:
+    """The losses from token N on by hand: float64[stream, token]."""
+    tokenizer, network = tiny_tokenizer(), load_model(home / model)
+    tokens = torch.tensor([*tokenizer.encode(TEXT), tokenizer.eos_token_id])
+    length = len(tokens) // STREAMS
+    streams = tokens[: STREAMS * length].view(STREAMS, length)
+    sinks = torch.tensor([network.sink_ids] * STREAMS, dtype=torch.int64)
+    losses = stream_loss(network, torch.cat((sinks, streams), dim=1), layout.sinks, layout.window)
+    return losses[:, len(network.sink_ids) + N - 1 :].double().numpy()
+
+
+# -- what results.json holds ----------------------------------------------------------------------
+
+
+def test_results_have_every_field_of_the_interface(results: Results) -> None:
+    assert schema_problems(results) == []
+    assert schema_problems({**results, "latency": [1], "paired": [{"a": 1, "ci95": [], "policy": ""}]})
+
+
+def test_results_are_json_without_nan_or_rounding(results: Results) -> None:
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    digits = [len(repr(row["loss_nats"])) for row in results["perplexity"]]
+    assert max(digits) > 12
+
+
+def test_models_are_described(results: Results, home: Path) -> None:
+    sink_id = tiny_tokenizer().sink_token_ids[0]
+    parameters = sum(parameter.numel() for parameter in load_model(home / "sink").parameters())
+    assert results["models"] == [
+        {
+            "name": name,
+            "source": str(home / name),
+            "parameters": parameters,
+            "sink": sink,
+            "tokens_seen": 6400,
+            "seed": 7,
+            "arm": "sink",
+        }
+        for name, sink in (
+            ("vanilla", {"kind": "none", "count": 0, "token_ids": []}),
+            ("sink", {"kind": "token", "count": 1, "token_ids": [sink_id]}),
+        )
+    ]
+
+
+def test_default_layouts_are_those_of_the_paper_at_half_the_trained_length(results: Results) -> None:
+    found = [(row["model"], row["policy"], row["sinks"], row["window"]) for row in results["perplexity"]]
+    stream_len = row_of(results, "perplexity", model="vanilla", policy="dense")["window"]
+    assert found == [
+        (model, *row)
+        for model, num_sinks in (("vanilla", 0), ("sink", 1))
+        for row in (
+            *(("streaming", layout.sinks, layout.window) for layout in LAYOUTS),
+            ("dense", 0, stream_len + num_sinks),
+        )
+    ]
+
+
+def test_default_layouts_fit_the_model_of_the_shortest_length(home: Path, tmp_path: Path) -> None:
+    long = write_text_run(tmp_path / "long", max_position_embeddings=64)
+    found = compare(replace(asked(home, "vanilla"), models=[str(long), str(home / "vanilla")]))
+    assert {row["sinks"] + row["window"] for row in found["paired"] if row["policy"] == "streaming"} == {N}
+
+
+def test_every_row_scores_as_many_tokens(results: Results) -> None:
+    num_tokens = len(tiny_tokenizer().encode(TEXT)) + 1
+    expected = STREAMS * (num_tokens // STREAMS - N)
+    assert {row["tokens_scored"] for row in results["perplexity"]} == {expected}
+    assert {row["text"] for kind in ("perplexity", "paired") for row in results[kind]} == {"text.txt"}
+
+
+@pytest.mark.parametrize("model", ["vanilla", "sink"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_loss_perplexity_and_interval_equal_those_by_hand(
+    results: Results, home: Path, model: str, layout: Layout
+) -> None:
+    row = row_of(results, "perplexity", model=model, sinks=layout.sinks, policy="streaming")
+    losses = scored_losses(home, model, layout)
+    assert row["tokens_scored"] == losses.size
+    assert row["loss_nats"] == pytest.approx(losses.mean(), rel=1e-12)
+    assert row["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-12)
+    assert row["ci95"][0] < row["loss_nats"] < row["ci95"][1]
+    unscored = np.full((len(losses), N), np.nan)
+    interval = mean_interval(np.concatenate((unscored, losses), axis=1))
+    assert row["ci95"] == [interval.low, interval.high]
+
+
+def test_bits_per_byte_equal_those_by_hand(results: Results, home: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer.encode(TEXT)
+    length = (len(tokens) + 1) // STREAMS
+    starts = range(0, STREAMS * length, length)
+    num_bytes = sum(len(tokenizer.decode(tokens[start + N : start + length])) for start in starts)
+    losses = scored_losses(home, "sink", LAYOUTS[1])
+    row = row_of(results, "perplexity", model="sink", sinks=1)
+    assert row["bits_per_byte"] == pytest.approx(losses.sum() / math.log(2) / num_bytes, rel=1e-12)
+
+
+def test_loss_by_position_counts_the_sinks_in_front(results: Results, home: Path) -> None:
+    for model, num_sinks in (("vanilla", 0), ("sink", 1)):
+        row = row_of(results, "position_loss", model=model, sinks=0, policy="streaming")
+        assert row["stream_pos"][0] >= num_sinks + 1
+        assert row["stream_pos"] == sorted(row["stream_pos"])
+        assert row["stream_pos"][-1] <= num_sinks + (len(tiny_tokenizer().encode(TEXT)) + 1) // STREAMS - 1
+    losses = scored_losses(home, "sink", LAYOUTS[0])
+    stream_pos = np.arange(losses.shape[1]) + N + 1
+    assert by_position(losses, stream_pos)[1].mean() == pytest.approx(losses.mean(), rel=0.02)
+
+
+def test_differences_are_later_minus_earlier_model_on_the_same_tokens(results: Results, home: Path) -> None:
+    between = [row for row in results["paired"] if row["a"] != row["b"]]
+    assert [(row["a"], row["b"], row["policy"], row["sinks"]) for row in between] == [
+        *(("sink", "vanilla", "streaming", layout.sinks) for layout in LAYOUTS),
+        ("sink", "vanilla", "dense", 0),
+    ]
+    for row, layout in zip(between, LAYOUTS, strict=False):
+        a, b = (scored_losses(home, model, layout) for model in ("sink", "vanilla"))
+        assert row["delta_nats"] == pytest.approx((a - b).mean(), abs=1e-12)
+        padded = [np.pad(losses, ((0, 0), (N, 0)), constant_values=np.nan) for losses in (a, b)]
+        expected = paired_difference(padded[0], padded[1])
+        assert (row["ci95"], row["p"]) == ([expected.low, expected.high], expected.p)
+        assert row["interval"] == "text"
+
+
+def test_each_model_is_paired_with_itself_at_its_own_number_of_sinks(home: Path) -> None:
+    found = compare(asked(home, "vanilla", "sink", "sinks", policies=("streaming",)))
+    within = [row for row in found["paired"] if row["a"] == row["b"]]
+    assert [(row["a"], row["a_sinks"], row["b_sinks"], row["sinks"]) for row in within] == [
+        (model, sinks, reference, sinks)
+        for model, reference in (("vanilla", 1), ("sink", 1), ("sinks", 2))
+        for sinks in (0, 1, 2, 4)
+        if sinks != reference
+    ]
+    for row in within:
+        losses = {
+            sinks: row_of(found, "perplexity", model=row["a"], sinks=sinks)["loss_nats"]
+            for sinks in (0, 1, 2, 4)
+        }
+        assert row["delta_nats"] == pytest.approx(losses[row["a_sinks"]] - losses[row["b_sinks"]], abs=1e-12)
+        assert row["a_sinks"] + row["a_window"] == row["b_sinks"] + row["b_window"] == N
+
+
+def test_identical_models_do_not_differ(home: Path, tmp_path: Path) -> None:
+    twin = Path(shutil.copytree(home / "sink", tmp_path / "twin"))
+    found = compare(replace(asked(home, "sink"), models=[str(home / "sink"), str(twin)]))
+    between = [row for row in found["paired"] if row["a"] != row["b"]]
+    assert len(between) == 5
+    for row in between:
+        assert (row["delta_nats"], row["ci95"], row["p"]) == (0.0, [0.0, 0.0], 1.0)
+
+
+def test_the_same_comparison_twice_is_the_same_but_for_the_time(results: Results, home: Path) -> None:
+    again = compare(asked(home, "vanilla", "sink"))
+    for found in (results, again):
+        found["environment"] = {**found["environment"], "started_at": "now"}
+    assert again == results
+
+
+def test_models_keep_the_order_in_which_they_were_given(home: Path, results: Results) -> None:
+    reversed_results = compare(asked(home, "sink", "vanilla"))
+    assert [model["name"] for model in reversed_results["models"]] == ["sink", "vanilla"]
+    pair, opposite = (
+        row_of(found, "paired", sinks=1, a=a, b=b)
+        for found, a, b in (
+            (results, "sink", "vanilla"),
+            (reversed_results, "vanilla", "sink"),
+        )
+    )
+    assert pair["delta_nats"] == -opposite["delta_nats"]
+
+
+def test_models_of_different_tokenizers_are_measured_but_not_paired(home: Path) -> None:
+    found = compare(asked(home, "vanilla", "other words"))
+    assert schema_problems(found) == []
+    assert {row["model"] for row in found["perplexity"]} == {"vanilla", "other words"}
+    assert all(row["bits_per_byte"] > 0 for row in found["perplexity"])
+    assert found["paired"]
+    assert all(row["a"] == row["b"] for row in found["paired"])
+
+
+def test_float64_is_measured_in_float64(home: Path, results: Results) -> None:
+    found = compare(asked(home, "vanilla", "sink", dtype=torch.float64))
+    for row, double in zip(results["perplexity"], found["perplexity"], strict=True):
+        assert 0 < abs(row["loss_nats"] - double["loss_nats"]) < 1e-5
+    assert found["environment"]["dtype"] == "float64"
+
+
+def test_repeated_layouts_are_measured_once(home: Path) -> None:
+    found = compare(
+        asked(home, "sink", layouts=[LAYOUTS[1], LAYOUTS[0], LAYOUTS[1]], policies=("streaming",))
+    )
+    assert [(row["sinks"], row["window"]) for row in found["perplexity"]] == [(1, N - 1), (0, N)]
+    assert len(found["paired"]) == 1
+
+
+def test_layouts_of_different_sizes_score_from_the_largest_on(home: Path) -> None:
+    layouts = [Layout(1, 3), Layout(1, 23)]
+    found = compare(asked(home, "sink", layouts=layouts, policies=("streaming",), num_streams=1))
+    num_tokens = len(tiny_tokenizer().encode(TEXT)) + 1
+    assert [row["tokens_scored"] for row in found["perplexity"]] == [num_tokens - 24] * 2
+
+
+def test_a_text_in_the_folder_where_one_stands_has_a_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "letters").mkdir()
+    shutil.copy(home / "text.txt", tmp_path / "letters" / "one.txt")
+    monkeypatch.chdir(tmp_path / "letters")
+    found = compare(asked(home, "sink", text=Source("."), policies=("streaming",)))
+    assert {row["text"] for row in found["perplexity"]} == {"letters"}
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+def test_models_of_one_folder_name_get_distinct_names(home: Path, tmp_path: Path) -> None:
+    twin = Path(shutil.copytree(home / "sink", tmp_path / "sink"))
+    sources = [str(home / "sink"), str(twin)]
+    found = compare(replace(asked(home), models=sources, policies=("streaming",)))
+    assert [model["name"] for model in found["models"]] == sources
+    assert {row["a"] for row in found["paired"]} == set(sources)
+
+
+@pytest.mark.parametrize(
+    "other_way", [lambda path: path, lambda path: f"{path}/", lambda path: f"{path}/../sink"]
+)
+def test_a_model_named_twice_is_refused(home: Path, other_way: Callable[[str], str]) -> None:
+    path = str(home / "sink")
+    with pytest.raises(ConfigError, match=r"^.*sink.* is named twice; name each model once$"):
+        compare(replace(asked(home), models=[path, other_way(path)]))
+
+
+def test_a_run_and_its_checkpoint_are_the_same_model(home: Path) -> None:
+    forms = [home / "sink", home / "sink" / "checkpoints" / "last.ckpt"]
+    found = compare(replace(asked(home), models=[str(form) for form in forms], policies=("streaming",)))
+    assert [model["name"] for model in found["models"]] == ["sink", "sink/last"]
+    between = [row for row in found["paired"] if row["a"] != row["b"]]
+    assert [row["delta_nats"] for row in between] == [0.0] * len(LAYOUTS)
+
+
+# -- shards ---------------------------------------------------------------------------------------
+
+
+def test_models_without_a_tokenizer_are_compared_on_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    bare = [
+        write_run(
+            tiny_model(vocab_size=384, max_position_embeddings=32, seed=seed), tmp_path / f"bare {seed}"
+        )
+        for seed in (1, 2)
+    ]
+    request = replace(
+        asked(tmp_path), models=[str(run) for run in bare], text=Source(str(tmp_path / "shards"))
+    )
+    found = compare(request)
+    assert schema_problems(found) == []
+    assert {row["text"] for row in found["perplexity"]} == {"shards"}
+    assert any(row["a"] != row["b"] for row in found["paired"])
+    assert all(row["bits_per_byte"] > 0 for row in found["perplexity"])
+
+
+# -- refused, before anything is measured ---------------------------------------------------------
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring is a failure: the mistake of the second model must be found before the first is measured."""
+    monkeypatch.setattr(compare_module, "measure", lambda *_: pytest.fail("a model was measured"))
+
+
+def refused(request: Comparison) -> str:
+    with pytest.raises(SinktrainError) as caught:
+        compare(request)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_layout_beyond_the_positions_of_any_model_is_refused(home: Path, tmp_path: Path) -> None:
+    long = write_text_run(tmp_path / "long", max_position_embeddings=64)
+    request = replace(asked(home), models=[str(long), str(home / "sink")], layouts=[Layout(1, 40)])
+    with pytest.raises(StreamError):
+        compare(request)
+    assert refused(request) == (
+        "layout 1+40 needs 41 positions but the model was trained on 32; use at most 1+31"
+    )
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_second_model_without_a_tokenizer_is_refused(home: Path, tmp_path: Path) -> None:
+    bare = write_run(tiny_model(), tmp_path / "bare")
+    message = refused(replace(asked(home), models=[str(home / "sink"), str(bare)]))
+    assert message.startswith(f"{bare} has no tokenizer; put the tokenizer.json of its training into")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_second_model_of_another_tokenizer_is_refused_for_shards(home: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    right = write_text_run(tmp_path / "right", tokenizer=load_tokenizer(str(tmp_path / "shards")))
+    models = [str(right), str(home / "sink")]
+    message = refused(replace(asked(home), models=models, text=Source(str(tmp_path / "shards"))))
+    assert "these shards were not made with the tokenizer of" in message
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_text_too_short_for_the_layouts_is_refused(home: Path) -> None:
+    message = refused(asked(home, "sink", max_tokens=10))
+    assert message.startswith("there are 10 tokens of text and scoring starts after 16; use a longer text")
+
+
+def test_a_text_too_short_for_an_interval_is_refused(home: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"^only 4 tokens to score, too few for an interval; use a longer text"
+    ):
+        compare(asked(home, "sink", max_tokens=20))
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_missing_model_is_refused(home: Path) -> None:
+    assert 'does not exist; did you mean "sink"?' in refused(asked(home, "vanilla", "snk"))
+
+
+def test_losses_that_are_not_finite_are_refused_with_the_model_named(home: Path, tmp_path: Path) -> None:
+    """They counted as not scored: the complaint was of a short text."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=tokenizer.padded_vocab_size, max_position_embeddings=32)
+    model.embed_out.weight[3, 3] = torch.nan
+    path = write_run(model, tmp_path / "diverged")
+    tokenizer.save(path / "tokenizer.json")
+    with pytest.raises(
+        ModelError, match=rf"^{path} gives losses that are not finite: its weights are damaged"
+    ):
+        compare(replace(asked(home), models=[str(path)]))
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def test_dense_is_left_out_where_it_does_not_fit(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare_module, "_free_bytes", lambda _: 2**17)
+    found = compare(asked(home, "sink"))
+    assert {row["policy"] for row in found["perplexity"]} == {"streaming"}
+    assert schema_problems(found) == []
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    length = (len(tiny_tokenizer().encode(TEXT)) + 1) // STREAMS + 1
+    assert said == [
+        f"sink: dense left out: 4 streams of {length} tokens need 0.0 GiB of 0.0; "
+        "use a smaller --max-tokens to see it"
+    ]
+
+
+def test_nothing_is_said_of_dense_where_it_was_not_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare_module, "_free_bytes", lambda _: 2**17)
+    compare(asked(home, "sink", policies=("streaming",)))
+    assert "dense" not in capsys.readouterr().err
+
+
+def test_dense_alone_that_does_not_fit_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_module, "_free_bytes", lambda _: 2**17)
+    message = refused(asked(home, "sink", policies=("dense",)))
+    assert message.startswith("sink: dense does not fit: 4 streams of")
+
+
+def test_free_memory_is_what_the_machine_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2**20 < compare_module._free_bytes(torch.device("cpu")) < 2**50
+    monkeypatch.setattr(Path, "read_text", _missing)
+    assert compare_module._free_bytes(torch.device("cpu")) > 2**50  # not Linux
+
+
+def _missing(*_: Any, **__: Any) -> str:
+    raise FileNotFoundError
