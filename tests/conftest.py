@@ -6,6 +6,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)  # the models are tiny, and other processes may share the cores

@@ -279,7 +279,8 @@ def test_quickstart_prepares_trains_both_arms_and_compares(checkout: Checkout) -
         f"sinktrain prepare data/shakespeare.txt.xz --vocab-size 1024 --out {out}/shards",
         f"sinktrain fit --config quickstart --run {out}/vanilla {options}",
         f"sinktrain fit --config quickstart --config sink --run {out}/sink {options}",
-        f"sinktrain compare {out}/vanilla {out}/sink --text {out}/shards --out {out}/compare --max-tokens 32768",
+        f"sinktrain compare {out}/vanilla {out}/sink --text {out}/shards --out {out}/compare"
+        " --max-tokens 32768",
     ]
     *said, report = done.stdout.splitlines()
     assert said == [f"said by sinktrain {command}" for command in ("prepare", "fit", "fit", "compare")]
