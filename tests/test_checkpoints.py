@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -278,11 +279,11 @@ def test_hub_id_without_safetensors_loads_pickled_weights(tmp_path: Path, hub: C
 
 
 def hub_error(name: str) -> Exception:
-    import httpx
     from huggingface_hub import errors
 
+    http = sys.modules[errors.HTTPError.__module__.partition(".")[0]]  # httpx or, from hub 2 on, httpx2
+    response = http.Response(404, request=http.Request("GET", "http://localhost"))
     kind = getattr(errors, name)
-    response = httpx.Response(404, request=httpx.Request("GET", "http://localhost"))
     return kind("404 Client Error\nlong story", response=response)
 
 
