@@ -9,7 +9,6 @@ import torch
 from oracles import random_tokens, rotate_everything_stream, tiny_model
 from tiny_shards import tiny_run, write_shards
 
-from sinktrain.model.checkpoints import load_model
 from sinktrain.model.loss import token_losses
 from sinktrain.streaming.blockwise import stream_logits
 from sinktrain.streaming.decoder import StreamingDecoder
@@ -56,9 +55,13 @@ def test_a_compiled_bf16_run_learns_and_continues_from_an_earlier_checkpoint(tmp
     fit(tiny_run(tmp_path / "shards", whole, *ON_GPU, "--checkpoint.keep", "null"))
     middle = whole / "checkpoints" / "step-00000004.ckpt"
     fit(tiny_run(tmp_path / "shards", parts, *ON_GPU, "--resume", str(middle)))
-    losses = [
-        float(row["train/loss"]) for row in MetricsTable(whole / "metrics.csv").rows() if row["train/loss"]
-    ]
-    assert losses[-1] < losses[0]
-    for one, other in zip(load_model(whole).parameters(), load_model(parts).parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+    losses, continued = _losses(whole), _losses(parts)
+    assert losses[12] < losses[1]
+    assert sorted(continued) == list(range(5, 13))
+    for step, loss in continued.items():  # a GPU does not always add in the same order
+        assert loss == pytest.approx(losses[step], abs=2e-2)
+
+
+def _losses(run: Path) -> dict[int, float]:
+    rows = MetricsTable(run / "metrics.csv").rows()
+    return {int(row["step"]): float(row["train/loss"]) for row in rows if row["train/loss"]}
