@@ -1,4 +1,4 @@
-"""Habits of every test."""
+"""Habits of every test, and the fixtures that several files share."""
 
 import os
 
@@ -6,6 +6,31 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
+from tiny_shards import tiny_run, write_shards
 
 torch.set_num_threads(1)  # the models are tiny, and other processes may share the cores
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small real shards, alike in every module."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder)
+    return folder
+
+
+@pytest.fixture
+def train(shards: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Runs ``sinktrain fit`` in this process, for 12 tiny steps, and gives its run folder."""
+    from sinktrain.training.fit import fit  # takes seconds to import, which other tests are spared
+
+    def run(name: str = "run", *options: str) -> Path:
+        fit(tiny_run(shards, tmp_path / name, *options))
+        return tmp_path / name
+
+    return run

@@ -10,20 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_fit import checkpoint, measured
-from tiny_shards import start, tiny_run, wait_for, write_shards
+from tiny_shards import start, tiny_run, wait_for
 
 from sinktrain.training.fit import fit
 
 # A large eps: where a gradient is zero but for rounding (the biases of keys), Adam would make steps of it.
 CONSTANT = ["--model.schedule", "wsd", "--model.decay_steps", "0", "--model.eps", "1e-4"]
 TWO = ["--config", "ddp", "--trainer.devices", "2"]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder)
-    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_shards import SEQ_LEN, tiny_run, write_shards
+from tiny_shards import SEQ_LEN, tiny_run
 from torch.nn import functional as F
 
 from sinktrain.cli import main
@@ -24,26 +24,9 @@ from sinktrain.model.config import PYTHIA, NetworkConfig, SinkConfig
 from sinktrain.training import settings
 from sinktrain.training.callbacks import LAST
 from sinktrain.training.configs import config_folder, default_run, find_config
-from sinktrain.training.fit import fit
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining, arm_name
 from sinktrain.training.settings import TrainingCLI
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder)
-    return folder
-
-
-@pytest.fixture
-def train(shards: Path, tmp_path: Path) -> Callable[..., Path]:
-    def run(name: str = "run", *options: str) -> Path:
-        fit(tiny_run(shards, tmp_path / name, *options))
-        return tmp_path / name
-
-    return run
 
 
 def checkpoint(run: Path, name: str = LAST) -> dict[str, Any]:

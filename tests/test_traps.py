@@ -13,29 +13,12 @@ import numpy as np
 import pytest
 import torch
 from test_fit import assert_same_state, checkpoint, measured
-from tiny_shards import start, tiny_run, wait_for, write_shards
+from tiny_shards import start, tiny_run, wait_for
 
 import sinktrain
 from sinktrain.cli import main
 from sinktrain.model.checkpoints import load_model
-from sinktrain.training.fit import fit
 from sinktrain.training.module import Pretraining, _restore_rng, _rng_state
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder)
-    return folder
-
-
-@pytest.fixture
-def train(shards: Path, tmp_path: Path) -> Callable[..., Path]:
-    def run(name: str = "run", *options: str) -> Path:
-        fit(tiny_run(shards, tmp_path / name, *options))
-        return tmp_path / name
-
-    return run
 
 
 @pytest.fixture
