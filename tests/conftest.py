@@ -1,13 +1,13 @@
 """Habits of every test, and the fixtures that several files share."""
 
 import os
-
-# As the command line does, and before torch is imported: see sinktrain.cli.share_cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
 from collections.abc import Callable
 from pathlib import Path
+
+from sinktrain.cli import steady_cpu
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+steady_cpu()  # before torch is imported
 
 import pytest
 import torch
