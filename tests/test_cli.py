@@ -402,7 +402,8 @@ def test_ctrl_c_ends_an_endless_stream_with_whole_text_and_its_stats(home: Path)
         env=one_core(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     begun = process.stdout.read(300)
     process.send_signal(signal.SIGINT)
     rest, err = process.stdout.read(), process.stderr.read()  # communicate would skip what is buffered

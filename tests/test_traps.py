@@ -212,19 +212,18 @@ def test_another_exit_keeps_its_code(shards: Path, tmp_path: Path, monkeypatch: 
 # -- a real kill ----------------------------------------------------------------------------------
 
 
-def test_kill_9_and_the_same_command_again_equal_an_uninterrupted_run(
-    shards: Path, tmp_path: Path, train: Callable[..., Path]
-) -> None:
+def test_kill_9_and_the_same_command_again_equal_an_uninterrupted_run(shards: Path, tmp_path: Path) -> None:
     options = ["--trainer.max_steps", "60", "--checkpoint.every_n_steps", "7"]
     arguments = tiny_run(shards, tmp_path / "parts", *options, "--data.micro_batch", "1")
     process = start(arguments)
-    whole = train("whole", *options, "--data.micro_batch", "1")
+    uninterrupted = start(tiny_run(shards, tmp_path / "whole", *options, "--data.micro_batch", "1"))
     wait_for(24, tmp_path / "parts", process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     reached = checkpoint(tmp_path / "parts")["global_step"]
     assert 21 <= reached < 60
-    train("parts", *options, "--data.micro_batch", "1")
-    assert_same_state(whole, tmp_path / "parts")
+    for again in (start(arguments), uninterrupted):  # fresh processes, as users start them
+        assert again.wait(timeout=120) == 0
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
     assert measured(whole, "train/loss") == measured(tmp_path / "parts", "train/loss")
     assert measured(whole, "val/loss") == measured(tmp_path / "parts", "val/loss")
