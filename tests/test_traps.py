@@ -225,5 +225,5 @@ def test_kill_9_and_the_same_command_again_equal_an_uninterrupted_run(shards: Pa
     for again in (start(arguments), uninterrupted):  # fresh processes, as users start them
         assert again.wait(timeout=120) == 0
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
-    assert measured(whole, "train/loss") == measured(tmp_path / "parts", "train/loss")
-    assert measured(whole, "val/loss") == measured(tmp_path / "parts", "val/loss")
+    assert measured(tmp_path / "whole", "train/loss") == measured(tmp_path / "parts", "train/loss")
+    assert measured(tmp_path / "whole", "val/loss") == measured(tmp_path / "parts", "val/loss")
