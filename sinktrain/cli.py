@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 or 143 when stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
-    steady_cpu()
+    share_cores()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no 日 shows ?
     try:
@@ -71,14 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _mistake(command, f"{error.filename}: {error.strerror}")  # a full disk, no permission
 
 
-def steady_cpu() -> None:
-    """Make CPUs repeatable and good neighbours; to be called before torch is imported.
+def share_cores() -> None:
+    """Let idle threads sleep instead of spin; to be called before torch is imported.
 
-    MKL may add in another order where memory is aligned otherwise, so that a continued run would
-    differ in a last bit from an uninterrupted one. And libgomp's threads spin while they wait for each
-    other, which made small matrix products 20 times slower beside one other busy process.
+    libgomp's threads spin while they wait for each other. Where another process needs a core, that
+    made small matrix products 20 times slower (two cores, one other busy process).
     """
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 

@@ -4,10 +4,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sinktrain.cli import steady_cpu
+from sinktrain.cli import share_cores
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-steady_cpu()  # before torch is imported
+share_cores()  # before torch is imported
 
 import pytest
 import torch
