@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
@@ -11,8 +12,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +33,7 @@ commands:
   evaluate   measure one model under streaming
   compare    measure several side by side: table, results.json, report.html
   export     a model -> a Hugging Face folder, its logits checked
+  bench      how fast decoding is, with its floor and its peers beside it
 
 MODEL is a run folder, a .ckpt file, a Hugging Face folder or a Hub id (EleutherAI/pythia-160m).
 TEXT is a .txt, .jsonl or .parquet file (also .gz, .xz, .zst), a folder of them, prepared shards,
@@ -177,25 +179,53 @@ def _validate(arguments: list[str]) -> int:
 def _stream(arguments: list[str]) -> int:
     parser = _parser(
         "stream",
-        "Continue a prompt for ever, in constant memory. Ctrl-C ends it.",
-        'sinktrain stream runs/quickstart/sink --prompt "Enter the KING" --max-tokens 500 --stats',
+        STREAM_DESCRIPTION,
+        'sinktrain stream runs/quickstart/sink --prompt "Enter the KING" --max-tokens 500 --stats\n'
+        "  sinktrain stream runs/quickstart/sink --turns --temperature 0.8 --min-p 0.05\n"
+        "  sinktrain stream runs/quickstart/sink --turns < lines.txt > replies.txt",
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
         "--prompt", default="", metavar="TEXT", help="what to continue; - reads it from stdin"
     )
     parser.add_argument("--layout", metavar="S+W", help="sinks + window (default: half the trained length)")
+    parser.add_argument("--turns", action="store_true", help="answer stdin line by line, in one stream")
     parser.add_argument(
-        "--max-tokens", type=_count, metavar="N", default="inf", help="a number, or inf (default)"
+        "--max-tokens",
+        type=_count,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help=f"a number, or inf (default: inf; with --turns {MAX_REPLY_TOKENS}, for each reply)",
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--stats", action="store_true", help="speed, cache and position on stderr")
+    parser.add_argument("--stats", action="store_true", help="speed, cache, position and memory on stderr")
     _add_model_options(parser)
+    group = parser.add_argument_group("sampling, as in transformers and in its order")
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: less of what the cache still holds (default: 1, none)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="0 takes the most probable token (default: 1)",
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K most probable tokens")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="keep the most probable tokens that hold P together"
+    )
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="keep tokens at least P times as probable as the best"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="repeats a text")
     options = parser.parse_args(arguments)
     _check_sampling(options)
+    if options.turns and options.prompt == "-":
+        raise ConfigError("--prompt - and --turns both read stdin; write the prompt out: --prompt TEXT")
     _stream_to_stdout(options)
     return 0
 
@@ -244,6 +274,60 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    parser = _parser(
+        "bench",
+        "Time decoding: our decoder, the floor under it, and with --peers other ways, all in one run.\n"
+        "The floor is, on CUDA, the bytes of weights and cache over the bandwidth of a large copy, and on\n"
+        "the CPU the step's matrix products alone. Memory on the CPU is the whole process's.",
+        "sinktrain bench decode --preset 14m,160m --layouts 1+1023,1+4095 --batch 1\n"
+        "  sinktrain bench decode --preset 160m --peers --json > bench.json\n"
+        "  sinktrain bench decode --preset 14m --trace --tokens 1_000_000",
+    )
+    parser.add_argument("subject", metavar="decode", help="what to time")
+    parser.add_argument(
+        "--preset", metavar="P,…", help="sizes of Pythia, weights random: 14m, 31m, … 1.4b (default: 160m)"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="a checkpoint instead")
+    parser.add_argument(
+        "--layouts",
+        metavar="S+W,…",
+        help="default: 1+1023; longer ones than the model was trained on are timed too, "
+        "since speed does not depend on it",
+    )
+    parser.add_argument("--batch", metavar="N,…", help="parallel streams (default: 1, on CUDA 1,32)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64", "bfloat16", "float16"],
+        help="default: float32, on CUDA bfloat16",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as torch has it)")
+    parser.add_argument(
+        "--tokens",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="timed tokens (default: 256, on CUDA 2000); with --trace the last position (1000000)",
+    )
+    parser.add_argument("--peers", action="store_true", help="transformers, recomputation, the paper's cache")
+    parser.add_argument(
+        "--recompute-windows",
+        default="256,512,1024,2048,4096",
+        metavar="N,…",
+        help="with --peers: cache sizes of the paper's comparison with recomputation, or none "
+        "(default: 256,512,1024,2048,4096)",
+    )
+    parser.add_argument(
+        "--trace", action="store_true", help="one long stream: cost and memory at 2,000, 10,000, … tokens"
+    )
+    options = parser.parse_args(arguments)
+    if options.subject != "decode":
+        raise ConfigError(f'no benchmark "{options.subject}"; there is decode: sinktrain bench decode')
+    _bench_decode(options)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "fit": _fit,
@@ -252,7 +336,17 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "export": _export,
+    "bench": _bench,
 }
+
+STREAM_DESCRIPTION = """\
+Continue a prompt for ever, in constant memory. Ctrl-C ends it.
+
+With --turns it is a dialogue: each line of stdin goes on in the same stream, and the model's next line
+is the reply; Ctrl-D ends it. A base model knows no roles, so a --prompt that shows how the lines go
+helps. A reply ends with its line, at an end of text, or after --max-tokens, and is one line of stdout."""
+
+MAX_REPLY_TOKENS = 200
 
 FIT_HELP = """\
 usage: sinktrain fit --config FILE_OR_NAME [--config OVERLAY …] [--run DIR] [options]
@@ -342,7 +436,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
 
 
 def _count(text: str) -> int | None:
@@ -375,6 +469,12 @@ def _check_sampling(options: argparse.Namespace) -> None:
         raise ConfigError(f"--top-p {options.top_p} is not a probability; use more than 0, at most 1")
     if options.top_k is not None and options.top_k < 1:
         raise ConfigError(f"--top-k {options.top_k} keeps no token; use 1 or more")
+    if options.min_p is not None and not 0 <= options.min_p <= 1:
+        raise ConfigError(f"--min-p {options.min_p} is not a share; use 0 to 1")
+    if not 0 < options.repetition_penalty < math.inf:
+        raise ConfigError(
+            f"--repetition-penalty {options.repetition_penalty} cannot be used; use more than 0 (1 is none)"
+        )
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed {options.seed} is out of range; use 0 to {2**63 - 1}")
 
@@ -411,31 +511,32 @@ def _stream_to_stdout(options: argparse.Namespace) -> None:
     from sinktrain.model.checkpoints import load_model
     from sinktrain.streaming.decoder import StreamingDecoder
     from sinktrain.streaming.layout import Layout, stream_layout
-    from sinktrain.streaming.text import stream_text, tokenizer_of
+    from sinktrain.streaming.text import Dialogue, stream_text, tokenizer_of
 
     prompt = _prompt(options.prompt)
     model = load_model(options.model, _device(options.device), getattr(torch, options.dtype))
     tokenizer = tokenizer_of(model.config, options.model)
     layout = Layout.parse(options.layout) if options.layout else stream_layout(model.config)
     decoder = StreamingDecoder(model, layout.sinks, layout.window)
-    pieces = stream_text(
-        decoder,
-        tokenizer,
-        prompt,
-        options.max_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    sys.stdout.write(prompt)
-    with closing(_with_stats(pieces, decoder) if options.stats else pieces) as shown:
-        try:
-            for piece in shown:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        finally:
-            sys.stdout.write("\n")
+    max_tokens = getattr(options, "max_tokens", MAX_REPLY_TOKENS if options.turns else None)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    sampling = {name: getattr(options, name) for name in names}
+    texts: Iterator[Iterator[str]]
+    if options.turns:
+        texts = map(Dialogue(decoder, tokenizer, prompt, max_tokens, **sampling).reply, _stdin_lines())
+    else:
+        sys.stdout.write(prompt)
+        texts = iter([stream_text(decoder, tokenizer, prompt, max_tokens, **sampling)])
+    is_live = not (sys.stdout.isatty() or (options.turns and sys.stdin.isatty()))
+    with closing(_with_stats(texts, decoder, is_live)) if options.stats else nullcontext(texts) as shown:
+        for pieces in shown:
+            try:
+                for piece in pieces:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            finally:
+                sys.stdout.write("\n")
+            sys.stdout.flush()
 
 
 def _prompt(given: str) -> str:
@@ -449,24 +550,74 @@ def _prompt(given: str) -> str:
     return given
 
 
-def _with_stats(pieces: Generator[str], decoder: Any) -> Generator[str]:
-    """Show the speed, live unless the text shares the terminal, and in a line when it ends or is ended."""
+def _stdin_lines() -> Iterator[str]:
+    """The lines of stdin as they come, without their ends; a terminal is asked for each."""
+    is_terminal = sys.stdin.isatty()
+    for number in itertools.count(1):
+        if is_terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = b""
+        try:
+            line = sys.stdin.buffer.readline()
+        finally:
+            if is_terminal and not line:  # Ctrl-D or Ctrl-C: what comes next starts a line
+                print(file=sys.stderr)
+        if not line:
+            return
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"line {number} of stdin is not UTF-8 at byte {error.start}; convert it first"
+            ) from None
+        yield text.rstrip("\r\n")
+
+
+def _with_stats(texts: Iterator[Iterator[str]], decoder: Any, is_live: bool) -> Generator[Iterator[str]]:
+    """Show the speed, live if nothing else is written there, and in a line when it ends or is ended.
+
+    What comes before the first token of a text, such as reading the prompt, is no part of it.
+    """
     from sinktrain.progress import progress_bar
 
-    started_at, num_tokens = time.monotonic(), 0
+    num_tokens, num_timed, timed_s = 0, 0, 0.0
+
+    def timed(pieces: Iterator[str]) -> Iterator[str]:
+        nonlocal num_tokens, num_timed, timed_s
+        shown_at = None
+        for piece in pieces:
+            num_tokens += 1
+            bar.update()
+            now = time.monotonic()
+            if shown_at is not None:
+                num_timed += 1
+                timed_s += now - shown_at
+            shown_at = now
+            yield piece
+
     try:
-        with progress_bar(unit="tok", desc=str(decoder.layout), disable=sys.stdout.isatty()) as bar:
-            for piece in pieces:
-                num_tokens += 1
-                bar.update()
-                yield piece
+        with progress_bar(unit="tok", desc=str(decoder.layout), disable=not is_live) as bar:
+            yield from map(timed, texts)
     finally:
-        tokens_per_s = num_tokens / (time.monotonic() - started_at)
         print(
-            f"{num_tokens:,} tokens, {tokens_per_s:,.1f} tokens/s, layout {decoder.layout}, "
-            f"cache {decoder.cache_bytes:,} bytes, stream position {int(decoder.stream_pos[0]):,}",
+            f"{num_tokens:,} tokens, {num_timed / timed_s if num_timed else 0:,.1f} tokens/s, "
+            f"layout {decoder.layout}, cache {decoder.cache_bytes:,} bytes, "
+            f"stream position {int(decoder.stream_pos[0]):,}, {_peak_memory(decoder.model.device)}",
             file=sys.stderr,
         )
+
+
+def _peak_memory(device: Any) -> str:
+    """The most memory that this process has held, and the most that its tensors have on a CUDA device."""
+    import resource
+
+    import torch
+
+    peak_mem_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":
+        peak_mem_bytes *= 1024  # KiB there
+    on_device = f", {torch.cuda.max_memory_allocated(device):,} on {device}" if device.type == "cuda" else ""
+    return f"peak memory {peak_mem_bytes:,} bytes{on_device}"
 
 
 def _compare_models(options: argparse.Namespace) -> int:
@@ -504,6 +655,54 @@ def _compare_models(options: argparse.Namespace) -> int:
     print(json.dumps(results) if options.json else terminal_table(results, width))
     print(f"report: {options.out / 'report.html'}", file=sys.stderr)
     return 0
+
+
+def _bench_decode(options: argparse.Namespace) -> None:
+    import torch
+
+    from sinktrain.experiments.bench import DecodeBench, bench_decode, preset_name
+    from sinktrain.experiments.bench_table import bench_table
+    from sinktrain.streaming.layout import Layout
+
+    if options.model is not None and options.preset is not None:
+        raise ConfigError("--model and --preset both say what to time; give one of them")
+    presets = [] if options.model else (options.preset or "160m").split(",")
+    batch_sizes = _numbers("--batch", options.batch) if options.batch else []
+    typed_windows = options.recompute_windows
+    windows = [] if typed_windows == "none" else _numbers("--recompute-windows", typed_windows)
+    if options.tokens is None:
+        raise ConfigError("--tokens inf would never end; use a number")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ConfigError(f"--threads {options.threads} is not a number of threads; use 1 or more")
+        torch.set_num_threads(options.threads)
+    device = torch.device(_device(options.device))
+    on_cuda = device.type == "cuda"
+    num_tokens = options.tokens or (1_000_000 if options.trace else 2000 if on_cuda else 256)
+    result = bench_decode(
+        DecodeBench(
+            presets=[preset_name(preset) for preset in presets],
+            model=options.model,
+            layouts=[
+                Layout.parse(layout) for layout in (options.layouts or "").split(",") if options.layouts
+            ],
+            batch_sizes=batch_sizes or ([1, 32] if on_cuda and not options.trace else [1]),
+            device=device,
+            dtype=getattr(torch, options.dtype or ("bfloat16" if on_cuda else "float32")),
+            num_tokens=num_tokens,
+            use_peers=options.peers,
+            recompute_windows=windows if options.peers else [],
+            is_trace=options.trace,
+        )
+    )
+    print(json.dumps(result) if options.json else bench_table(result))
+
+
+def _numbers(option: str, typed: str) -> list[int]:
+    """``1,32`` as numbers from 1 on."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", typed):
+        raise ConfigError(f"{option} {typed} is not a list of numbers from 1 on; write it like 1,32")
+    return [int(number) for number in typed.split(",")]
 
 
 def _mistake(command: str, message: str) -> int:

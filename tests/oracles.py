@@ -1,13 +1,15 @@
 """Slow twins that are plainly right: token by token in numpy float64, keys in lists, angles of their own.
 
-Of the code under test they use the weights and the sizes, nothing else.
+Of the code under test they use the weights and the sizes, nothing else; ``gathered_stream``, which is
+fast enough for long streams, also uses the layers around attention.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +74,52 @@ def rotate_everything_stream(model: GPTNeoX, tokens: torch.Tensor, sinks: int, w
         return attend
 
     return _each_row(model, tokens, stream)
+
+
+def gathered_stream(
+    model: GPTNeoX, tokens: torch.Tensor, sinks: int, window: int, at: Sequence[int] | None = None
+) -> torch.Tensor:
+    """``rotate_everything_stream`` for many tokens at once: each gathers the keys that it sees, oldest
+    first and not rotated, and rotates all of them by their rank.
+
+    Args:
+        at: the tokens whose logits are wanted, all when None. Others than all only for models of one
+            layer, whose keys owe nothing to attention.
+
+    Returns:
+        float64[batch, at, vocab].
+    """
+    network = model.config.network
+    if model.dtype != torch.float64:
+        model = copy.deepcopy(model).double()
+    assert at is None or network.num_hidden_layers == 1
+    wanted = torch.arange(tokens.shape[1]) if at is None else torch.tensor(at)
+    half = int(network.head_dim * network.rotary_pct) // 2
+    ranks = torch.arange(sinks + window)
+    angles = ranks[:, None] * network.rotary_emb_base ** (-torch.arange(half).double() / max(half, 1))
+
+    def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        first, second, passed = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, passed), dim=-1)
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mixed = torch.zeros_like(q)
+        for ages in wanted.split(64):
+            seen = [
+                [key for key in range(age + 1) if key < sinks or key > age - window] for age in ages.tolist()
+            ]
+            newest = torch.tensor([len(keys) - 1 for keys in seen])  # its rank, which is the query's too
+            padded = torch.tensor([keys + [0] * (len(ranks) - len(keys)) for keys in seen])
+            keys = rotate(k[:, :, padded], angles)  # [batch, head, query, rank, head_dim]
+            query = rotate(q[:, :, ages], angles[newest])
+            scores = (keys @ query[..., None]).squeeze(-1) / math.sqrt(network.head_dim)
+            weights = scores.masked_fill(ranks > newest[:, None], -torch.inf).softmax(dim=-1)
+            mixed[:, :, ages] = (weights[..., None, :] @ v[:, :, padded]).squeeze(-2)
+        return mixed
+
+    with torch.no_grad():
+        return model.logits(model.hidden(tokens, attend)[:, wanted])
 
 
 def dense_forward(model: GPTNeoX, tokens: torch.Tensor) -> torch.Tensor:

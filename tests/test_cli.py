@@ -24,7 +24,7 @@ from sinktrain import __version__, cli
 from sinktrain.data.tokenizer import load_tokenizer
 from sinktrain.model.checkpoints import load_model
 from sinktrain.streaming.decoder import StreamingDecoder
-from sinktrain.streaming.text import stream_text
+from sinktrain.streaming.text import Dialogue, stream_text
 
 SINKTRAIN = str(Path(sys.executable).with_name("sinktrain"))
 PROGRESS = re.compile(r"\s*|.*\d\d:\d\d.*")
@@ -194,6 +194,12 @@ MISTAKES = [
     (f"{STREAM} --temperature inf", "--temperature inf cannot be sampled at"),
     (f"{STREAM} --top-p 2", "--top-p 2.0 is not a probability; use more than 0, at most 1"),
     (f"{STREAM} --top-k 0", "--top-k 0 keeps no token; use 1 or more"),
+    (f"{STREAM} --min-p 1.5", "--min-p 1.5 is not a share; use 0 to 1"),
+    (
+        f"{STREAM} --repetition-penalty 0",
+        "--repetition-penalty 0.0 cannot be used; use more than 0 (1 is none)",
+    ),
+    (f"{STREAM} --turns --prompt -", "--prompt - and --turns both read stdin; write the prompt out"),
     (f"{STREAM} --seed -1", "--seed -1 is out of range"),
     (
         f"{STREAM} --seed 99999999999999999999",
@@ -202,7 +208,7 @@ MISTAKES = [
     (f"{STREAM} --max-tokens many", "argument --max-tokens: many is not a number of tokens"),
     (f"{STREAM} --max-token 3", 'unrecognized arguments: --max-token 3; did you mean "--max-tokens"?'),
     (f"{STREAM} --device nonsense", "--device nonsense: "),
-    (f"{STREAM} --dtype float16", "argument --dtype: invalid choice"),
+    (f"{STREAM} --dtype float8", "argument --dtype: invalid choice"),
     (f"{STREAM} --prompt \udcff", "--prompt is not UTF-8 at byte 0; convert it first"),
     # compare and evaluate
     (COMPARE, "the following arguments are required: --text; see sinktrain compare --help"),
@@ -317,10 +323,25 @@ def test_stream_without_a_prompt_starts_a_document(run: Run, home: Path) -> None
 
 
 def test_stream_takes_every_sampling_option(run: Run, home: Path) -> None:
-    options = ("--temperature", "0.7", "--top-k", "5", "--top-p", "0.9", "--seed", "4")
-    said = run("stream", home / "sink", "--prompt", "So", "--max-tokens", "20", *options)
-    expected = continuation(home, "So", 20, temperature=0.7, top_k=5, top_p=0.9, seed=4)
-    assert said.out == f"So{expected}\n"
+    options = {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.3,
+        "seed": 4,
+    }
+    typed = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    said = run("stream", home / "sink", "--prompt", "So", "--max-tokens", "30", *typed)
+    assert said.out == f"So{continuation(home, 'So', 30, **options)}\n"
+
+
+@pytest.mark.parametrize(
+    "option", ["--temperature 0.1", "--top-k 2", "--top-p 0.1", "--min-p 0.9", "--repetition-penalty 9"]
+)
+def test_every_sampling_option_changes_the_text(run: Run, home: Path, option: str) -> None:
+    arguments = ("stream", home / "sink", "--prompt", "So", "--max-tokens", "30", "--seed", "4")
+    assert run(*arguments, *option.split()).out != run(*arguments).out
 
 
 def test_a_seed_repeats_the_stream_and_none_does_not(run: Run, home: Path) -> None:
@@ -335,6 +356,13 @@ def test_a_layout_is_streamed_as_asked(run: Run, home: Path) -> None:
     expected = "".join(stream_text(decoder, tiny_tokenizer(), TEXT[:60], 25, seed=2))
     arguments = ("--layout", "0+6", "--dtype", "float64", "--max-tokens", "25", "--seed", "2")
     assert run("stream", home / "sink", "--prompt", TEXT[:60], *arguments).out == f"{TEXT[:60]}{expected}\n"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_are_streamed(run: Run, home: Path, dtype: str) -> None:
+    said = run("stream", home / "sink", "--dtype", dtype, "--max-tokens", "20", "--temperature", "0")
+    decoder = StreamingDecoder(load_model(home / "sink", dtype=getattr(torch, dtype)), 1, 15)
+    assert said.out == "".join(stream_text(decoder, tiny_tokenizer(), "", 20, temperature=0)) + "\n"
 
 
 def test_a_prompt_is_read_from_stdin(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,9 +388,11 @@ def test_stats_are_on_stderr_and_right(run: Run, home: Path) -> None:
     fed = 1 + len(tiny_tokenizer().encode("So it goes.")) + 11  # the last token is not fed
     expected = (
         rf"12 tokens, [\d,.]+ tokens/s, layout 1\+15, "
-        rf"cache {decoder.cache_bytes:,} bytes, stream position {fed}"
+        rf"cache {decoder.cache_bytes:,} bytes, stream position {fed}, peak memory ([\d,]+) bytes"
     )
-    assert re.fullmatch(expected, said.err.splitlines()[-1])
+    last_line = re.fullmatch(expected, said.err.splitlines()[-1])
+    assert last_line
+    assert 5e7 < int(last_line[1].replace(",", "")) < 5e10  # a process with torch, in bytes
 
 
 def test_a_reader_that_has_seen_enough_ends_the_stream(home: Path) -> None:
@@ -414,6 +444,88 @@ def test_ctrl_c_ends_an_endless_stream_with_whole_text_and_its_stats(home: Path)
     assert text.endswith("\n")
     assert re.match(r"[\d,]+ tokens, .* tokens/s, layout 4\+12, cache", err.decode().splitlines()[-1])
     assert b"Traceback" not in err
+
+
+# -- stream --turns -------------------------------------------------------------------------------
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def replies(home: Path, *turns: str, prompt: str = "", max_tokens: int = 200, **options: Any) -> str:
+    decoder = StreamingDecoder(load_model(home / "sink"), 1, 15)
+    dialogue = Dialogue(decoder, tiny_tokenizer(), prompt, max_tokens, **options)
+    return "".join("".join(dialogue.reply(turn)) + "\n" for turn in turns)
+
+
+def test_turns_are_answered_line_by_line(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("So it\r\n\n日本".encode())))
+    options = ("--temperature", "0.9", "--min-p", "0.01", "--seed", "2")
+    said = run("stream", home / "sink", "--turns", "--prompt", "A few\n", "--max-tokens", "9", *options)
+    expected = replies(
+        home, "So it", "", "日本", prompt="A few\n", max_tokens=9, temperature=0.9, min_p=0.01, seed=2
+    )
+    assert said == (0, expected, "")
+
+
+def test_a_reply_has_a_sensible_length_unless_told(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "MAX_REPLY_TOKENS", 8)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"So it\n")))
+    said = run("stream", home / "sink", "--turns", "--temperature", "0", "--stats")
+    assert said.out == replies(home, "So it", max_tokens=8, temperature=0.0)
+    assert said.err.splitlines()[-1].startswith("8 tokens, ")
+
+
+def test_a_terminal_is_asked_for_each_line_and_ctrl_d_ends_it(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("stream", home / "sink", "--turns", "--max-tokens", "3", "--temperature", "0")
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(b"So\nA few\n")))
+    assert run(*arguments) == (0, replies(home, "So", "A few", max_tokens=3, temperature=0.0), "> > > \n")
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO()))
+    assert run(*arguments) == (0, "", "> \n")
+
+
+def test_stats_of_a_dialogue_are_of_all_its_turns(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"So\nA few\n")))
+    said = run("stream", home / "sink", "--turns", "--max-tokens", "1", "--temperature", "0", "--stats")
+    assert said.out == replies(home, "So", "A few", max_tokens=1, temperature=0.0)
+    assert said.err.splitlines()[-1].startswith("2 tokens, 0.0 tokens/s, layout 1+15, cache")
+
+
+def test_a_turn_that_is_not_utf8_is_a_mistake(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"na\xefve\n")))
+    said = run("stream", home / "sink", "--turns")
+    assert_is_mistake(said, "stream", "line 1 of stdin is not UTF-8 at byte 2; convert it first")
+
+
+def test_a_reply_is_whole_before_the_next_line_is_read_and_ctrl_c_ends_the_dialogue(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, seen = io.BytesIO(), []
+
+    class Typing(io.BytesIO):
+        def readline(self, size: int | None = -1) -> bytes:
+            seen.append(shown.getvalue().decode())
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return b"So\n"
+
+    monkeypatch.setattr(sys, "stdin", Terminal(Typing()))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="utf-8"))
+    arguments = ("--turns", "--max-tokens", "5", "--temperature", "0", "--stats")
+    assert cli.main(["stream", str(home / "sink"), *arguments]) == 130
+    options = {"max_tokens": 5, "temperature": 0.0}
+    assert seen == ["", replies(home, "So", **options), replies(home, "So", "So", **options)]
+    asked, stats = capsys.readouterr().err.splitlines()
+    assert asked == "> > > "
+    assert stats.startswith("10 tokens, ")
 
 
 def one_core() -> dict[str, str]:

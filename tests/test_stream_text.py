@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,31 +18,33 @@ from sinktrain.data.tokenizer import Tokenizer, train_tokenizer
 from sinktrain.errors import StreamError
 from sinktrain.model.checkpoints import load_model
 from sinktrain.streaming.decoder import StreamingDecoder
-from sinktrain.streaming.text import stream_text
+from sinktrain.streaming.text import Dialogue, stream_text
 
 WORDS = "naïve 日本語 🙂"
 
 
 class Script:
-    """A decoder that emits given tokens, whatever it is fed."""
+    """A decoder that emits given tokens, whatever it is fed: the same each time, or a list for each."""
 
-    def __init__(self, tokens: list[int], vocab_size: int) -> None:
-        self.tokens = tokens
-        self.prompt: list[int] = []
-        self.suppressed: set[int] = set()
-        self.model = type("Model", (), {"config": type("Config", (), {"vocab_size": vocab_size})})
+    def __init__(self, tokenizer: Tokenizer, *replies: list[int]) -> None:
+        self.replies = itertools.cycle(replies)
+        self.prompts: list[list[int]] = []
+        self.options: list[dict[str, Any]] = []
+        config = type("Config", (), {"vocab_size": tokenizer.padded_vocab_size})
+        self.model = type("Model", (), {"config": config})
 
     def generate(
         self, prompt: torch.Tensor, max_tokens: int | None, **options: Any
     ) -> Iterator[torch.Tensor]:
-        self.prompt, self.suppressed = prompt[0].tolist(), set(options["suppress"])
-        return (torch.tensor([token]) for token in self.tokens[:max_tokens])
+        self.prompts.append(prompt[0].tolist())
+        self.options.append(options)
+        return (torch.tensor([token]) for token in next(self.replies)[:max_tokens])
 
 
 def pieces_of(
     tokens: list[int], tokenizer: Tokenizer, prompt: str = "", max_tokens: int | None = None
 ) -> list[str]:
-    script = cast(StreamingDecoder, Script(tokens, tokenizer.padded_vocab_size))
+    script = cast(StreamingDecoder, Script(tokenizer, tokens))
     return list(stream_text(script, tokenizer, prompt, max_tokens))
 
 
@@ -92,10 +95,29 @@ def test_a_first_space_is_kept_after_a_prompt() -> None:
 
 def test_a_prompt_is_fed_as_it_is_and_none_starts_a_document() -> None:
     tokenizer = tiny_tokenizer()
-    script = Script([], tokenizer.padded_vocab_size)
-    for prompt, fed in (("So it goes.", tokenizer.encode("So it goes.")), ("", [tokenizer.eos_token_id])):
+    script = Script(tokenizer, [])
+    for prompt in ("So it goes.", ""):
         list(stream_text(cast(StreamingDecoder, script), tokenizer, prompt))
-        assert script.prompt == fed
+    assert script.prompts == [tokenizer.encode("So it goes."), [tokenizer.eos_token_id]]
+
+
+def test_every_setting_of_sampling_reaches_the_decoder() -> None:
+    tokenizer = tiny_tokenizer()
+    settings = {
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "seed": 7,
+    }
+    script = Script(tokenizer, [])
+    decoder = cast(StreamingDecoder, script)
+    list(stream_text(decoder, tokenizer, "So", **settings))
+    list(Dialogue(decoder, tokenizer, **settings).reply("So"))
+    for given in script.options:
+        assert set(given.pop("suppress")) == set(range(tokenizer.vocab_size, tokenizer.padded_vocab_size))
+        assert given == settings
 
 
 def test_end_of_text_is_written_out() -> None:
@@ -149,3 +171,96 @@ def test_settings_that_cannot_be_sampled_with_are_refused(tmp_path: Path) -> Non
     decoder = StreamingDecoder(load_model(write_text_run(tmp_path / "run")), 0, 16)
     with pytest.raises(StreamError, match="top_p is 2"):
         next(stream_text(decoder, tiny_tokenizer(), "So", top_p=2.0))
+
+
+# -- dialogues ------------------------------------------------------------------------------------
+
+
+def dialogue_of(
+    tokenizer: Tokenizer, *said: list[int], prompt: str = "", max_tokens: int | None = None
+) -> tuple[Dialogue, Script]:
+    script = Script(tokenizer, *said)
+    return Dialogue(cast(StreamingDecoder, script), tokenizer, prompt, max_tokens), script
+
+
+def test_a_reply_ends_with_its_line_and_the_next_turn_follows_it(bytes_only: Tokenizer) -> None:
+    encode = bytes_only.encode
+    dialogue, script = dialogue_of(bytes_only, encode(f"{WORDS}\nnever"), encode("no\n"), prompt="Q\n")
+    assert "".join(dialogue.reply("Who?")) == WORDS
+    assert "".join(dialogue.reply("日")) == "no"
+    assert script.prompts == [encode("Q\nWho?\n"), encode("\n日\n")]
+
+
+def test_a_reply_ends_with_the_text_and_the_next_turn_starts_a_document(bytes_only: Tokenizer) -> None:
+    end, encode = bytes_only.eos_token_id, bytes_only.encode
+    dialogue, script = dialogue_of(bytes_only, [*encode("yes"), end, *encode("never")], [end])
+    assert list(dialogue.reply("Who?")) == ["y", "e", "s", ""]
+    assert list(dialogue.reply("Why?")) == [""]
+    assert script.prompts[1] == [end, *encode("Why?\n")]
+
+
+def test_a_reply_that_is_cut_off_is_ended_before_the_next_turn(bytes_only: Tokenizer) -> None:
+    encode = bytes_only.encode
+    dialogue, script = dialogue_of(bytes_only, encode("one two"), max_tokens=5)
+    assert "".join(dialogue.reply("Who?")) == "one t"
+    assert next(dialogue.reply("Why?")) == "o"  # the caller has seen enough
+    list(dialogue.reply(""))
+    assert script.prompts[1:] == [encode("t\nWhy?\n"), encode("o\n\n")]
+
+
+def test_blank_lines_before_a_reply_are_passed_over(bytes_only: Tokenizer) -> None:
+    dialogue, _ = dialogue_of(bytes_only, bytes_only.encode("\n \n  日 \nnever"))
+    assert "".join(dialogue.reply("Who?")) == "日 "
+
+
+def test_a_token_that_goes_on_after_its_line_is_shown_to_the_line_and_fed_whole() -> None:
+    words = {"so": 0, ".\nnever": 1, "</s>": 2}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    backend.pre_tokenizer, backend.decoder = tokenizers.pre_tokenizers.Split("|", "removed"), decoders.Fuse()
+    tokenizer = Tokenizer(json.loads(backend.to_str()))
+    dialogue, script = dialogue_of(tokenizer, [0, 1, 0])
+    assert "".join(dialogue.reply("so")) == "so."
+    list(dialogue.reply("so"))
+    assert script.prompts[1][0] == 1
+
+
+def test_each_reply_has_a_seed_of_its_own() -> None:
+    tokenizer = tiny_tokenizer()
+    script = Script(tokenizer, [])
+    dialogue = Dialogue(cast(StreamingDecoder, script), tokenizer, seed=3)
+    for _ in range(3):
+        list(dialogue.reply("So"))
+    assert [options["seed"] for options in script.options] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("num_sinks", [0, 1, 2])
+def test_a_dialogue_is_one_stream_that_starts_with_the_sinks_once(
+    num_sinks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three turns, through two wraps, leave the decoder where feeding the whole document leaves it."""
+    tokenizer = tiny_tokenizer()
+    model = load_model(write_text_run(tmp_path / "run", num_sinks), dtype=torch.float64)
+    decoder, whole = (StreamingDecoder(model, num_sinks, 16) for _ in range(2))
+    generate = decoder.generate
+    document = [*model.sink_ids]
+
+    def recorded(tokens: torch.Tensor, *arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+        document.extend(tokens[0].tolist())
+        for emitted, token in enumerate(generate(tokens, *arguments, **options), start=1):
+            yield token
+            if emitted < 7:
+                document.append(int(token))
+
+    monkeypatch.setattr(decoder, "generate", recorded)
+    # No line ends and no end of text are drawn, so that every reply has 7 tokens.
+    logits, ends = model.logits, [*tokenizer.encode("\n"), tokenizer.eos_token_id]
+    monkeypatch.setattr(
+        model, "logits", lambda hidden: logits(hidden).index_fill(-1, torch.tensor(ends), -99)
+    )
+    dialogue = Dialogue(decoder, tokenizer, max_tokens=7, seed=1)
+    for turn in ("So it goes.", "", "A few words"):
+        list(dialogue.reply(turn))
+    assert decoder.stream_pos.tolist() == [len(document)]
+    whole.prefill(torch.tensor([document]))
+    difference = decoder.step(torch.tensor([5])) - whole.step(torch.tensor([5]))
+    assert difference.abs().max() < 1e-10

@@ -10,8 +10,9 @@ from torch import Tensor
 from sinktrain.errors import StreamError
 from sinktrain.model.loss import token_losses
 from sinktrain.model.neox import GPTNeoX
+from sinktrain.streaming.blocks import advance
 from sinktrain.streaming.layout import Layout
-from sinktrain.streaming.ring import RingCache, advance
+from sinktrain.streaming.ring import RingCache
 
 MAX_LOGITS = 2**25
 """Logits held at once while a loss is measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -40,6 +41,8 @@ def stream_text(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
 ) -> Generator[str]:
     """Continue a prompt in one stream; yields once a token, text as soon as it is whole characters.
@@ -48,18 +51,94 @@ def stream_text(
     rows that only pad the vocabulary are never emitted.
     """
     prompt_ids = tokenizer.encode(prompt)
-    unknown = range(tokenizer.vocab_size, decoder.model.config.vocab_size)
-    # It knows the prompt, because some tokenizers drop a text's first space.
-    pieces = DecodeStream(ids=prompt_ids, skip_special_tokens=False)
-    tokens = decoder.generate(
-        torch.tensor([prompt_ids or [tokenizer.eos_token_id]]),
+    continuation = _continue(
+        decoder,
+        tokenizer,
+        prompt_ids or [tokenizer.eos_token_id],
+        prompt_ids,
         max_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
-        suppress=unknown,
     )
-    for token in tokens:
-        piece = pieces.step(tokenizer.backend, int(token))
-        yield piece or ""
+    for _, piece in continuation:
+        yield piece
+
+
+class Dialogue:
+    """A document whose lines are by turns a user's and the model's, in one stream that goes on.
+
+    A base model, which knows no roles, answers a line with the line that follows it.
+
+    Args:
+        prompt: text in front of the first turn.
+        max_tokens: of each reply; no limit when None.
+        seed: makes the replies repeatable.
+        sampling: as ``StreamingDecoder.generate`` takes it.
+    """
+
+    def __init__(
+        self,
+        decoder: StreamingDecoder,
+        tokenizer: Tokenizer,
+        prompt: str = "",
+        max_tokens: int | None = None,
+        *,
+        seed: int | None = None,
+        **sampling: Any,
+    ) -> None:
+        self._decoder, self._tokenizer, self._max_tokens = decoder, tokenizer, max_tokens
+        self._seed, self._sampling = seed, sampling
+        self._unfed, self._ahead = list[int](), prompt  # what is fed before the next turn: ids, then text
+
+    def reply(self, turn: str) -> Generator[str]:
+        """Feed a line, given without its end, and stream the answer; yields once a token.
+
+        A reply ends with its line, at an end of text, or after ``max_tokens``. What ends it is not
+        shown, nor are blank lines before it; the stream holds all that was emitted.
+        """
+        turn_ids = self._tokenizer.encode(f"{self._ahead}{turn}\n")
+        fed, seed, end_of_text = [*self._unfed, *turn_ids], self._seed, self._tokenizer.eos_token_id
+        if seed is not None:
+            self._seed = seed + 1  # else every reply would draw alike
+        continuation = _continue(
+            self._decoder,
+            self._tokenizer,
+            fed or [end_of_text],
+            turn_ids,
+            self._max_tokens,
+            seed=seed,
+            **self._sampling,
+        )
+        has_begun = False
+        for token, piece in continuation:
+            line, line_end, _ = (piece if has_begun else piece.lstrip()).partition("\n")
+            has_begun = has_begun or line != ""
+            is_last = line_end != "" or token == end_of_text
+            self._unfed, self._ahead = [token], "" if is_last else "\n"
+            yield "" if token == end_of_text else line
+            if is_last:
+                return
+
+
+def _continue(
+    decoder: StreamingDecoder,
+    tokenizer: Tokenizer,
+    fed: list[int],
+    shown: list[int],
+    max_tokens: int | None,
+    **sampling: Any,
+) -> Generator[tuple[int, str]]:
+    """Feed ids and yield each token that follows, with the text that it completes.
+
+    Args:
+        shown: the ids whose text stands before; some tokenizers drop the first space where there is none.
+    """
+    unknown = range(tokenizer.vocab_size, decoder.model.config.vocab_size)
+    pieces = DecodeStream(ids=shown, skip_special_tokens=False)
+    for tokens in decoder.generate(torch.tensor([fed]), max_tokens, **sampling, suppress=unknown):
+        token = int(tokens)
+        yield token, pieces.step(tokenizer.backend, token) or ""

@@ -1,0 +1,1 @@
+"""Whole experiments over all of the above: how fast decoding is."""
