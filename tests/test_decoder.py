@@ -478,6 +478,23 @@ def test_a_state_file_replaces_the_one_before_and_leaves_nothing_else(tmp_path):
     }
 
 
+def test_a_save_that_is_cut_off_leaves_the_state_file_before_it(tmp_path, monkeypatch):
+    decoder, path = used_decoder(), tmp_path / "state.safetensors"
+    decoder.save_state(path)
+    before = path.read_bytes()
+
+    def write_half(tensors: dict[str, Tensor], path: Path) -> None:
+        Path(path).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sinktrain.streaming.decoder.save_file", write_half)
+    decoder.step(random_tokens(2))
+    with pytest.raises(KeyboardInterrupt):
+        decoder.save_state(path)
+    assert [child.name for child in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+
+
 def used_decoder(model: GPTNeoX | None = None, **changes: int) -> StreamingDecoder:
     """Two rows, one of them older."""
     settings = {"sinks": 1, "window": 5, "batch_size": 2, "max_rewind": 2, **changes}
@@ -680,21 +697,21 @@ def test_generate_with_a_min_p_of_one_takes_the_most_probable_tokens():
 
 @pytest.mark.parametrize("penalty", [1.3, 2.0])
 def test_repetition_penalty_counts_the_tokens_that_the_cache_still_holds(penalty):
-    """Sinks and the newest window tokens, nothing older, each once."""
-    model, prompt = tiny_model(), random_tokens(2, 9)
-    decoder = StreamingDecoder(model, 1, 5, 2, max_rewind=3)  # whose spare slots hold older tokens
-    tokens = torch.stack(list(decoder.generate(prompt, 30, temperature=0, repetition_penalty=penalty)), dim=1)
-    expected = prompt
-    for _ in range(30):
-        scores = gathered_stream(model, expected, 1, 5)[:, -1]
-        held = torch.zeros(scores.shape, dtype=torch.bool)
-        held.scatter_(1, torch.cat((expected[:, :1], expected[:, -5:]), dim=1), True)
-        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-        best = torch.where(held, penalised, scores).argmax(-1, keepdim=True)
-        expected = torch.cat((expected, best), dim=1)
-    assert torch.equal(tokens, expected[:, 9:])
-    freely = StreamingDecoder(model, 1, 5, 2).generate(prompt, 30, temperature=0)
-    assert not torch.equal(tokens, torch.stack(list(freely), dim=1))
+    """Sinks and the newest window tokens, nothing older, each once; row 1 is older than row 0."""
+    model, prompt, before = tiny_model(), random_tokens(2, 4), random_tokens(1, 20, seed=1)
+    decoder = StreamingDecoder(model, 1, 16, 2, max_rewind=3)  # whose spare slots hold older tokens
+    decoder.prefill(before, rows=[1])
+    freely = decoder.fork().generate(prompt, 25, temperature=0)
+    tokens = torch.stack(list(decoder.generate(prompt, 25, temperature=0, repetition_penalty=penalty)))
+    for row, fed in enumerate([prompt[0], torch.cat((before[0], prompt[1]))]):
+        expected = fed
+        for _ in range(25):
+            scores = alone(model, expected, window=16)
+            held = torch.cat((expected[:1], expected[-16:])).unique()
+            scores[held] = torch.where(scores[held] < 0, scores[held] * penalty, scores[held] / penalty)
+            expected = torch.cat((expected, scores.argmax(-1, keepdim=True)))
+        assert tokens[:, row].tolist() == expected[len(fed) :].tolist()
+    assert not torch.equal(tokens, torch.stack(list(freely)))
 
 
 def test_generate_repeats_with_a_seed():
@@ -821,7 +838,8 @@ def test_ids_outside_the_vocabulary_are_refused(is_fresh, feed, token):
 @pytest.mark.parametrize("suppress", [[VOCAB], [-1], range(VOCAB)])
 def test_ids_that_cannot_be_suppressed_are_refused(suppress):
     """None of the vocabulary, or all of it."""
-    refusal(used_decoder(), lambda d: next(d.generate(zeros(2, 3), suppress=suppress)))
+    message = refusal(used_decoder(), lambda d: next(d.generate(zeros(2, 3), suppress=suppress)))
+    assert message == f"suppress takes ids from 0 to {VOCAB - 1}, and not all of them"
 
 
 @pytest.mark.parametrize("token", [VOCAB, -1])
@@ -836,3 +854,16 @@ def test_ids_outside_the_vocabulary_are_refused_after_many_tokens_too(token):
 
 def test_public_name_is_this():
     assert sinktrain.StreamingDecoder is StreamingDecoder
+
+
+def test_tokens_that_are_not_whole_numbers_are_refused():
+    for feed in (lambda d: d.step(torch.tensor([1.5, 2.0])), lambda d: d.prefill(torch.ones(2, 3))):
+        assert "whole numbers" in refusal(used_decoder(), feed)
+
+
+def test_a_model_that_differs_in_some_rows_of_its_embedding_is_another_model():
+    model = tiny_model()
+    state = used_decoder().state_dict()
+    model.gpt_neox.embed_in.weight[60:] += 1
+    decoder = StreamingDecoder(model, 1, 5, batch_size=2, max_rewind=2)
+    assert "another model" in refusal(decoder, lambda d: d.load_state_dict(state))

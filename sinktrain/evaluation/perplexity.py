@@ -104,5 +104,5 @@ def measure(
 def dense_bytes(model: GPTNeoX, num_streams: int, stream_len: int) -> int:
     """Memory of a cache that keeps every token of the streams."""
     network = model.config.network
-    width = 2 * network.hidden_size + network.num_attention_heads * network.rotary_ndims
-    return network.num_hidden_layers * num_streams * stream_len * width * model.dtype.itemsize
+    num_tokens = num_streams * stream_len
+    return 2 * network.num_hidden_layers * num_tokens * network.hidden_size * model.dtype.itemsize

@@ -288,10 +288,12 @@ class StreamingDecoder:
 
     def _check_tokens(self, rows: list[int], tokens: Tensor) -> None:
         vocab_size = self.model.config.vocab_size
-        outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-        if len(outside):
+        if tokens.is_floating_point():
+            raise StreamError(f"tokens are whole numbers, int64, not {tokens.dtype}")
+        lowest, highest = (int(end) for end in tokens.aminmax())
+        if lowest < 0 or highest >= vocab_size:
             raise StreamError(
-                f"token {int(outside[0])} is outside the vocabulary of {vocab_size} rows; "
+                f"token {lowest if lowest < 0 else highest} is outside the vocabulary of {vocab_size} rows; "
                 f"use ids from 0 to {vocab_size - 1}"
             )
         # min_age spares a running stream the look at its ages, which would wait for the device.
@@ -363,7 +365,8 @@ def _described(state: Mapping[str, Tensor]) -> str:
 
 def _fingerprint(model: GPTNeoX) -> Tensor:
     """What tells a model from others, in the same dtype: uint8[32], of its config and some weights."""
-    some = torch.cat([parameter.detach().flatten()[:64] for parameter in model.parameters()])
+    weights = [parameter.detach().flatten() for parameter in model.parameters()]
+    some = torch.cat([weight[:: max(1, len(weight) // 4096)] for weight in weights])
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     digest.update(some.cpu().view(torch.uint8).numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)

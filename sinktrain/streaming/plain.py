@@ -66,23 +66,24 @@ class PlainStep:
         mixed = self._attend(index, fused)
         attended = _linear(layer.attention.dense, mixed).add_(hidden)
         mlp_input = hidden if layer.use_parallel_residual else attended
-        wide = layer.mlp.activation(
-            _linear(layer.mlp.dense_h_to_4h, _normed(layer.post_attention_layernorm, mlp_input))
-        )
+        wide = _linear(layer.mlp.dense_h_to_4h, _normed(layer.post_attention_layernorm, mlp_input))
+        is_gelu = layer.mlp.activation is F.gelu and wide.dtype == self.exact
+        wide = _gelu(wide) if is_gelu else layer.mlp.activation(wide)
         return _linear(layer.mlp.dense_4h_to_h, wide).add_(attended)
 
     def _attend(self, index: int, fused: Tensor) -> Tensor:
         """float[batch, 3 * hidden] -> float[batch, hidden]."""
         batch, heads, _, head_dim = self.keys[index].shape
-        q, k, v = fused.view(batch, heads, 3, head_dim).unbind(dim=2)
-        self._write(index, torch.bmm(k.to(self.exact), self.rotations.of_key), v)
-        turned = torch.bmm(q.to(self.exact), self.rotations.of_query)  # for the ring, and for the sinks
-        turned = turned.view(batch * heads, 1, 2 * head_dim)
+        parts = fused.view(batch, heads * 3, head_dim)  # query, key and value of each head
+        turned = torch.bmm(parts.to(self.exact), self.rotations.of_all).view(batch * heads, 3, 3, head_dim)
+        key, value = turned[:, 1, 0].view(batch, heads, -1), parts.view(batch, heads, 3, -1)[:, :, 2]
+        self._write(index, key, value)
+        at_ring, at_sinks = turned[:, :1, 1], turned[:, :1, 2]
         keys = self.keys[index].to(self.exact).flatten(0, 1).transpose(1, 2)
-        scores = torch.bmm(turned[:, :, :head_dim], keys)
+        scores = torch.bmm(at_ring, keys)
         sinks = min(self.cache.layout.sinks, scores.shape[-1])
         if sinks:
-            scores[:, :, :sinks] = torch.bmm(turned[:, :, head_dim:], keys[:, :, :sinks])
+            scores[:, :, :sinks] = torch.bmm(at_sinks, keys[:, :, :sinks])
         if self.unseen is not None:
             scores = scores.view(batch, heads, -1).masked_fill_(self.unseen, -torch.inf).view_as(scores)
         values = self.values[index].to(self.exact).flatten(0, 1)
@@ -99,49 +100,46 @@ class PlainStep:
 
 
 class _Rotations:
-    """Rotations as matrices, because one small product costs less than the six operations it replaces.
+    """Rotations as one matrix a row, because a small product costs less than the operations it replaces.
 
-    ``of_key`` is float[batch, head_dim, head_dim]; ``of_query``, which also scales, is float[batch,
-    head_dim, 2 * head_dim]: as ring keys meet the query, and as the sinks do.
+    ``of_all`` is float[batch, head_dim, 3 * head_dim]. What it multiplies comes out thrice: rotated as a
+    key is stored, as a query meets the ring, and as a query meets the sinks; queries are scaled too.
     """
 
     def __init__(self, model: GPTNeoX, cache: RingCache, dtype: torch.dtype) -> None:
-        head_dim, rows = model.config.network.head_dim, cache.batch_size
-        self.cache, self.steps, self.scale = cache, model.rotary_steps, head_dim**-0.5
-        turn = torch.eye(head_dim, dtype=dtype, device=model.device).repeat(rows, 3, 1, 1)
-        turn[:, 1:] *= self.scale
-        own, query = turn[:, 0].clone(), turn[:, 1:].transpose(1, 2).contiguous()
-        self.of_key, self.of_query = own, query.view(rows, head_dim, 2 * head_dim)
-        self.half = model.config.network.rotary_ndims // 2
-        self.key_parts, self.query_parts = _parts(own, self.half), _parts(query.transpose(1, 2), self.half)
+        network, rows = model.config.network, cache.batch_size
+        head_dim, self.half = network.head_dim, network.rotary_ndims // 2
+        self.cache, self.steps = cache, model.rotary_steps
+        scale = head_dim**-0.5
+        self.scales = torch.tensor([1, scale, scale], dtype=dtype, device=model.device)[:, None]
+        turns = torch.eye(head_dim, dtype=dtype, device=model.device)[:, None] * self.scales
+        turns = turns.repeat(rows, 1, 1, 1)  # [batch, head_dim, place, head_dim]
+        self.of_all = turns.view(rows, head_dim, 3 * head_dim)
+        first, second = slice(self.half), slice(self.half, 2 * self.half)
+        places = ((first, first), (second, second), (first, second), (second, first))
+        self.parts = [turns[:, i, :, j].diagonal(dim1=1, dim2=3) for i, j in places]  # [batch, place, half]
 
     def turn_to(self, age: Tensor) -> None:
         """Set the rotations of the tokens of these ages: int64[batch]."""
         if not self.half:
             return
         layout = self.cache.layout
-        rotary_pos = torch.stack((age + self.cache.start_pos, age.clamp(max=layout.num_slots - 1)), dim=1)
-        cos, sin = rotary_angles(rotary_pos, self.steps, self.of_key.dtype)
-        cos, sin = cos[..., : self.half], sin[..., : self.half]  # [batch, place, half]
-        _set(self.query_parts, cos * self.scale, sin * self.scale)
-        is_sink = (age < layout.sinks)[:, None]
-        _set(self.key_parts, *(torch.where(is_sink, part[:, 1], part[:, 0]) for part in (cos, sin)))
-
-
-def _parts(turn: Tensor, half: int) -> tuple[Tensor, ...]:
-    """Where a rotation that multiplies from the right has its cosines, twice, its sine and minus its sine."""
-    first, second = slice(half), slice(half, 2 * half)
-    places = ((first, first), (second, second), (first, second), (second, first))
-    return tuple(turn[..., rows, columns].diagonal(dim1=-2, dim2=-1) for rows, columns in places)
-
-
-def _set(parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> None:
-    for part, value in zip(parts, (cos, cos, sin, -sin), strict=True):
-        part.copy_(value)
+        at_ring, at_sinks = age + self.cache.start_pos, age.clamp(max=layout.num_slots - 1)
+        as_stored = torch.where(age < layout.sinks, at_sinks, at_ring)
+        rotary_pos = torch.stack((as_stored, at_ring, at_sinks), dim=1)
+        angles = rotary_angles(rotary_pos, self.steps, self.of_all.dtype)
+        cos, sin = (part[..., : self.half] * self.scales for part in angles)
+        for part, value in zip(self.parts, (cos, cos, sin, -sin), strict=True):
+            part.copy_(value)
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """``F.gelu`` without the tenth of a millisecond that its CPU kernel needs to start."""
+    return torch.erf(x * 0.5**0.5).add_(1).mul_(x).mul_(0.5)
 
 
 def _linear(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class RingCache:
         return is_visible(self.held_ages(newest, num_slots), newest[:, None], self.layout)
 
     def recent_tokens(self) -> Tensor:
-        """Tokens that each row's next one still sees, -1 in the other slots: int64[batch, slot]."""
+        """Tokens that each row's newest one saw, itself included, -1 in other slots: int64[batch, slot]."""
         return self.tokens.masked_fill(~self.visible(self.age - 1, self.num_slots), -1)
 
     def write_tokens(self, tokens: Tensor) -> None:
