@@ -34,6 +34,9 @@ class PlainStep:
         self.rotations = _Rotations(model, cache, self.exact)
         self.rows = torch.arange(cache.batch_size, device=model.device)
         self.has_one_shape = model.device.type == "cuda"  # for a graph; elsewhere empty slots are not read
+        self.written = list(zip(cache.keys, cache.values, strict=True))  # of each layer
+        self.read: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.num_read = 0
 
     def __call__(self) -> Tensor:
         """Feed ``tokens``; returns logits, dtype[batch, vocab].
@@ -57,7 +60,8 @@ class PlainStep:
         self.own_slot = cache.slot(cache.max_age) if is_one_age else None
         self.own_slots = cache.slots(cache.age)
         held = cache.num_slots if self.has_one_shape else min(cache.max_age + 1, cache.num_slots)
-        self.keys, self.values = cache.keys[:, :, :, :held], cache.values[:, :, :, :held]
+        if held != self.num_read:
+            self.num_read, self.read = held, [self._views(*layer, held) for layer in self.written]
         is_all_seen = is_one_age and held <= cache.layout.num_slots
         self.unseen = None if is_all_seen else ~cache.visible(cache.age, held)[:, None]
 
@@ -71,26 +75,28 @@ class PlainStep:
         wide = _gelu(wide) if is_gelu else layer.mlp.activation(wide)
         return _linear(layer.mlp.dense_4h_to_h, wide).add_(attended)
 
+    def _views(self, keys: Tensor, values: Tensor, held: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer's keys, sink keys and values as its products read them, the keys transposed."""
+        columns = keys.flatten(0, 1)[:, :held].transpose(1, 2)
+        return columns, columns[:, :, : self.cache.layout.sinks], values.flatten(0, 1)[:, :held]
+
     def _attend(self, index: int, fused: Tensor) -> Tensor:
         """float[batch, 3 * hidden] -> float[batch, hidden]."""
-        batch, heads, _, head_dim = self.keys[index].shape
+        batch, heads, _, head_dim = self.written[index][0].shape
         parts = fused.view(batch, heads * 3, head_dim)  # query, key and value of each head
         turned = torch.bmm(parts.to(self.exact), self.rotations.of_all).view(batch * heads, 3, 3, head_dim)
         key, value = turned[:, 1, 0].view(batch, heads, -1), parts.view(batch, heads, 3, -1)[:, :, 2]
         self._write(index, key, value)
-        at_ring, at_sinks = turned[:, :1, 1], turned[:, :1, 2]
-        keys = self.keys[index].to(self.exact).flatten(0, 1).transpose(1, 2)
-        scores = torch.bmm(at_ring, keys)
-        sinks = min(self.cache.layout.sinks, scores.shape[-1])
-        if sinks:
-            scores[:, :, :sinks] = torch.bmm(at_sinks, keys[:, :, :sinks])
+        keys, sink_keys, values = (view.to(self.exact) for view in self.read[index])
+        scores = torch.bmm(turned[:, :1, 1], keys)
+        if sink_keys.shape[2]:
+            scores[:, :, : sink_keys.shape[2]] = torch.bmm(turned[:, :1, 2], sink_keys)
         if self.unseen is not None:
             scores = scores.view(batch, heads, -1).masked_fill_(self.unseen, -torch.inf).view_as(scores)
-        values = self.values[index].to(self.exact).flatten(0, 1)
         return torch.bmm(scores.softmax(dim=-1), values).view(batch, -1).to(fused.dtype)
 
     def _write(self, index: int, key: Tensor, value: Tensor) -> None:
-        keys, values = self.cache.keys[index], self.cache.values[index]
+        keys, values = self.written[index]
         if self.own_slot is not None:
             keys[:, :, self.own_slot] = key
             values[:, :, self.own_slot] = value
