@@ -101,8 +101,9 @@ class StreamingDecoder:
                 f"prefill takes tokens of shape [{len(fed)}, 1 or more], not {list(tokens.shape)}"
             )
         ends = [tokens.shape[1]] * len(fed) if lengths is None else _checked_lengths(lengths, tokens)
-        for row, end in enumerate(ends):
-            self._check_tokens(fed[row : row + 1], tokens[row : row + 1, :end])
+        for end in set(ends):
+            alike = [row for row in range(len(fed)) if ends[row] == end]
+            self._check_tokens([fed[row] for row in alike], tokens[alike, :end])
         tokens = tokens.to(self.model.device)
         logits = tokens.new_empty((len(fed), self.model.config.vocab_size), dtype=self.model.dtype)
         start = 0
@@ -219,17 +220,20 @@ class StreamingDecoder:
             max_rewind=self.max_rewind,
             require_sink=self.require_sink,
         )
-        twin.load_state_dict(self.state_dict())
+        twin.load_state_dict(self._state())
         return twin
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the streams remember, copied: tensors alone, which safetensors takes as they are."""
-        cache = self._cache
+        return {name: value.clone() for name, value in self._state().items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        """``state_dict`` without copying the cache."""
         return {
             "layout": torch.tensor([self.layout.sinks, self.layout.window, self.max_rewind]),
             "model": _fingerprint(self.model),
             "rewindable": torch.tensor(self._rewindable),
-            **{name: getattr(cache, name).clone() for name in CACHE_STATE},
+            **{name: getattr(self._cache, name) for name in CACHE_STATE},
         }
 
     @torch.no_grad()
@@ -239,7 +243,7 @@ class StreamingDecoder:
         Raises:
             StreamError: not a decoder's state, or one of another decoder; nothing has changed then.
         """
-        own = self.state_dict()
+        own = self._state()
         missing = [name for name in own if name not in state]
         if missing:
             raise StreamError(f"this is not the state of a StreamingDecoder: it has no {', '.join(missing)}")
@@ -263,7 +267,7 @@ class StreamingDecoder:
     def save_state(self, path: str | Path) -> None:
         """Write ``state_dict`` into a safetensors file; a reader never sees half of it."""
         with atomic_path(Path(path)) as temporary:
-            save_file({name: value.cpu() for name, value in self.state_dict().items()}, temporary)
+            save_file({name: value.cpu() for name, value in self._state().items()}, temporary)
 
     def load_state(self, path: str | Path) -> None:
         """Continue from a file of ``save_state``.

@@ -1,8 +1,8 @@
 """One decoding step by torch's own operations: what the CPU runs, and CUDA where the kernels do not fit.
 
-A small model's step is a hundred operations of microseconds, and what surrounds its matrix products
-costs as much as they do. So the network is written out once more here, with nothing between two
-products that can be prepared beforehand: ``sinktrain.model.neox`` by blocks is its slow twin.
+A small model's step is hundreds of operations of microseconds, and what surrounds its matrix products
+costs as much as they do. So the network is written out once more here, with views and rotations
+prepared beforehand: ``sinktrain.model.neox`` by blocks is its slow twin.
 
 Axes: batch, head, slot, head_dim, hidden.
 """

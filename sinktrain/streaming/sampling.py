@@ -110,7 +110,7 @@ def _nucleus(scores: Tensor, temperature: float, top_p: float) -> tuple[Tensor, 
 def _rank(probabilities: Tensor, enough: float) -> tuple[Tensor, Tensor]:
     """Most probable first, and their ids; on a CPU often only as many as hold ``enough`` together.
 
-    There a whole sort of 50,304 takes 6 ms, twice as long as a step of a 14m model.
+    There a whole sort of 50,304 takes 6 ms, as long as a step of a 14m model.
     """
     for most in () if probabilities.is_cuda else (256, 4096):
         ranked, ids = probabilities.topk(min(most, probabilities.shape[-1]), dim=-1)
