@@ -92,17 +92,23 @@ class DecodeBench:
     is_trace: bool = False
 
 
-@dataclass(frozen=True)
-class BenchRow:
-    """One way of decoding in one cell; None where it was not measured, and ``note`` says why."""
+@dataclass(frozen=True, kw_only=True)
+class CellRow:
+    """What every row says of its cell: ``Cell.facts``."""
 
-    name: str
     preset: str
     device: str
     dtype: str
     sinks: int
     window: int
     batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow(CellRow):
+    """One way of decoding in one cell; None where it was not measured, and ``note`` says why."""
+
+    name: str
     ms_per_token_p50: float | None = None
     ms_per_token_p95: float | None = None
     tokens_per_s: float | None = None
@@ -114,16 +120,10 @@ class BenchRow:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class RecomputeRow:
+@dataclass(frozen=True, kw_only=True)
+class RecomputeRow(CellRow):
     """The paper's comparison: the window anew for every token, and streaming, with as many keys."""
 
-    preset: str
-    device: str
-    dtype: str
-    sinks: int
-    window: int
-    batch: int
     recompute_ms_p50: float | None = None
     streaming_ms_p50: float | None = None
     ratio: float | None = None
@@ -270,7 +270,7 @@ def _told(
     except caught as error:
         is_ours = isinstance(error, SinktrainError)
         note = str(error) if is_ours else f"failed: {type(error).__name__}: {first_line(error)}"
-        return [BenchRow(name, **cell.facts, note=note)]
+        return [BenchRow(name=name, **cell.facts, note=note)]
     finally:
         release_memory(cell.device)
 
@@ -411,7 +411,7 @@ def _row(
 ) -> BenchRow:
     p50, p95 = (float(value) for value in np.percentile(times_ms, [50, 95]))
     return BenchRow(
-        contender.name,
+        name=contender.name,
         **cell.facts,
         ms_per_token_p50=p50,
         ms_per_token_p95=p95,

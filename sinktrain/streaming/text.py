@@ -37,13 +37,7 @@ def stream_text(
     tokenizer: Tokenizer,
     prompt: str,
     max_tokens: int | None = None,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
+    **sampling: Any,
 ) -> Generator[str]:
     """Continue a prompt in one stream; yields once a token, text as soon as it is whole characters.
 
@@ -51,20 +45,8 @@ def stream_text(
     rows that only pad the vocabulary are never emitted.
     """
     prompt_ids = tokenizer.encode(prompt)
-    continuation = _continue(
-        decoder,
-        tokenizer,
-        prompt_ids or [tokenizer.eos_token_id],
-        prompt_ids,
-        max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    for _, piece in continuation:
+    fed = prompt_ids or [tokenizer.eos_token_id]
+    for _, piece in _continue(decoder, tokenizer, fed, prompt_ids, max_tokens, **sampling):
         yield piece
 
 
