@@ -13,7 +13,7 @@ from sinktrain.errors import StreamError
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.rotary import apply_rotary, rotary_angles
 from sinktrain.streaming.blockwise import MAX_LOGITS, stream_logits, stream_loss
-from sinktrain.streaming.layout import Layout, default_layouts
+from sinktrain.streaming.layout import Layout, default_layouts, parse_layouts
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -115,7 +115,7 @@ def test_a_position_bug_cannot_hide_at_this_tolerance():
 
 def test_blocks_are_cut_where_the_scores_would_need_too_much_memory(monkeypatch):
     model, tokens, expected = case(1, 16, 0.25)
-    monkeypatch.setattr("sinktrain.streaming.blocks.MAX_SCORES", 2 * 18 * 3)
+    monkeypatch.setattr("sinktrain.streaming.band.MAX_SCORES", 2 * (17 + 16) * 3)
     parts = list(stream_logits(model, tokens, 1, 16))
     assert {part.shape[1] for part in parts[:-1]} == {3}
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **EXACT)
@@ -243,6 +243,30 @@ def test_a_layout_too_long_names_one_that_fits(layout, remedy):
 def test_default_layouts_are_the_papers_row_at_half_the_trained_length():
     assert [str(layout) for layout in default_layouts(2048)] == ["0+1024", "1+1023", "2+1022", "4+1020"]
     assert [str(layout) for layout in default_layouts(4)] == ["0+5", "1+4", "2+3", "4+1"]
+
+
+def test_a_bare_size_stands_for_the_papers_row_and_no_layout_comes_twice():
+    assert parse_layouts("2048") == default_layouts(4096)
+    layouts = parse_layouts("1+7, 8,16 ,1+7,0+16,3+5")
+    expected = ["1+7", "0+8", "2+6", "4+4", "0+16", "1+15", "2+14", "4+12", "3+5"]
+    assert [str(layout) for layout in layouts] == expected
+    assert str(parse_layouts("6")[-1]) == "4+2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8,5", "a row of 5 slots is too small; use 6 or more"),
+        ("0", "a row of 0 slots is too small; use 6 or more"),
+        ("1+7,", 'layout "" is not sinks+window; write it like 1+1023'),
+        ("8.5", 'layout "8.5" is not sinks+window; write it like 1+1023'),
+        ("1+0", "layout 1+0 is too small; use 0 sinks or more and a window of 1 or more"),
+    ],
+)
+def test_layouts_that_are_none_are_quoted(text, message):
+    with pytest.raises(StreamError) as raised:
+        parse_layouts(text)
+    assert str(raised.value) == message
 
 
 def test_public_names_are_these():

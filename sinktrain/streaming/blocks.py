@@ -73,7 +73,7 @@ class BlockAttention:
         if self.is_sink is not None:
             at_sinks = apply_rotary(q, *self.at_sinks)[..., : self.rotary_ndims]
             query, keys = torch.cat((query, at_sinks), dim=-1), self._places(keys, self.is_sink)
-        return _attend(query, keys, values, self.mask, self.scale)
+        return attend(query, keys, values, self.mask, self.scale)
 
     def _places(self, keys: Tensor, is_sink: Tensor) -> Tensor:
         rotated, passed = keys[..., : self.rotary_ndims], keys[..., self.rotary_ndims :]
@@ -104,7 +104,7 @@ def block_size(model: GPTNeoX, cache: RingCache) -> int:
     return max(1, min(cache.layout.window, 1024, MAX_SCORES // per_query))
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Softmax attention; values are padded to the keys' width, which lets the fused CPU kernel take them."""
     head_dim, extra = values.shape[-1], keys.shape[-1] - values.shape[-1]
     padded = F.pad(values, (0, extra)) if extra else values

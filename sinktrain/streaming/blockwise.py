@@ -10,12 +10,12 @@ from torch import Tensor
 from sinktrain.errors import StreamError
 from sinktrain.model.loss import token_losses
 from sinktrain.model.neox import GPTNeoX
-from sinktrain.streaming.blocks import advance
+from sinktrain.streaming.band import march
 from sinktrain.streaming.layout import Layout
-from sinktrain.streaming.ring import RingCache
+from sinktrain.streaming.step import has_kernels
 
 MAX_LOGITS = 2**25
-"""Logits held at once while a loss is measured."""
+"""Logits held at once."""
 
 
 @torch.no_grad()
@@ -36,13 +36,14 @@ def stream_logits(
         require_sink: refuse a ``token`` model's stream that does not start with its sink.
 
     Yields:
-        float[batch, block, vocab], in order.
+        float[batch, block, vocab], in order; a block is cut where its logits would be too many.
 
     Raises:
         StreamError: no tokens, layout or block empty, or the sink missing.
     """
     for hidden in _stream_hidden(model, tokens, Layout(sinks, window), block_size, require_sink):
-        yield model.logits(hidden)
+        for part in torch.split(hidden, _chunk(model, len(hidden)), dim=1):
+            yield model.logits(part)
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def stream_loss(
     done = 0
     for hidden in _stream_hidden(model, tokens, Layout(sinks, window), block_size, require_sink):
         targets = tokens[:, done + 1 : done + 1 + hidden.shape[1]]
-        losses.extend(_chunked_losses(model, hidden[:, : targets.shape[1]], targets))
+        losses.append(_losses(model, hidden[:, : targets.shape[1]], targets))
         done += hidden.shape[1]
     result = torch.cat(losses, dim=1)
     sink_ids = torch.tensor(model.sink_ids, dtype=tokens.dtype, device=tokens.device)
@@ -97,15 +98,27 @@ def _stream_hidden(
     if block_size is not None and block_size < 1:
         raise StreamError(f"block_size is {block_size}; use 1 or more, or None")
     tokens = tokens.to(model.device)
-    cache = RingCache(model, layout, len(tokens))
     if require_sink:
-        check_starts_with_sink(model, tokens, cache.age)
-    for part in torch.split(tokens, block_size or tokens.shape[1], dim=1):
-        yield from advance(model, part, cache)
+        check_starts_with_sink(model, tokens, tokens.new_zeros(len(tokens)))
+    yield from march(model, tokens, layout, block_size)
+
+
+def _losses(model: GPTNeoX, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each target, float[batch, block], from states before the head: float[batch, block, hidden]."""
+    if has_kernels(model):
+        from sinktrain.streaming.band_fused import fused_losses
+
+        return fused_losses(model, hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
+    return torch.cat(list(_chunked_losses(model, hidden, targets)), dim=1)
 
 
 def _chunked_losses(model: GPTNeoX, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    chunk = max(1, MAX_LOGITS // (len(hidden) * model.config.vocab_size))
+    chunk = _chunk(model, len(hidden))
     parts = zip(torch.split(hidden, chunk, dim=1), torch.split(targets, chunk, dim=1), strict=True)
     for part, part_targets in parts:
         yield token_losses(model.logits(part), part_targets)
+
+
+def _chunk(model: GPTNeoX, batch_size: int) -> int:
+    """Tokens of each row whose logits are held at once."""
+    return max(1, MAX_LOGITS // (batch_size * model.config.vocab_size))

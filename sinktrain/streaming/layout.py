@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from sinktrain.errors import StreamError
 from sinktrain.model.config import ModelConfig
 
+SMALLEST_ROW = 6  # its 4+(N-4) keeps more than the current token
+
 
 @dataclass(frozen=True, order=True)
 class Layout:
@@ -45,10 +47,31 @@ class Layout:
             )
 
 
+def paper_row(num_slots: int) -> list[Layout]:
+    """0+N, 1+(N-1), 2+(N-2), 4+(N-4): the columns of the paper's table for one cache size."""
+    return [Layout(sinks, num_slots - sinks) for sinks in (0, 1, 2, 4)]
+
+
 def default_layouts(trained_length: int) -> list[Layout]:
-    """The paper's row: 0+N, 1+(N-1), 2+(N-2), 4+(N-4), with N half of the trained length."""
-    size = max(5, trained_length // 2)
-    return [Layout(sinks, size - sinks) for sinks in (0, 1, 2, 4)]
+    """The paper's row with N half of the trained length."""
+    return paper_row(max(5, trained_length // 2))
+
+
+def parse_layouts(text: str) -> list[Layout]:
+    """Layouts with commas between them; a bare N stands for the paper's row of N slots.
+
+    Returns:
+        Each layout once, as they were first named.
+    """
+    layouts: list[Layout] = []
+    for part in text.split(","):
+        if not re.fullmatch(r"\s*\d+\s*", part):
+            layouts.append(Layout.parse(part))
+        elif int(part) < SMALLEST_ROW:
+            raise StreamError(f"a row of {int(part)} slots is too small; use {SMALLEST_ROW} or more")
+        else:
+            layouts.extend(paper_row(int(part)))
+    return list(dict.fromkeys(layouts))
 
 
 def stream_layout(config: ModelConfig) -> Layout:

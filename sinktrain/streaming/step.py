@@ -19,14 +19,19 @@ def make_step(model: GPTNeoX, cache: RingCache, tokens: Tensor) -> Callable[[], 
     """A function that feeds ``tokens``, int64[batch], as they are when it is called.
 
     It returns logits, float[batch, vocab], has one shape for all ages, and moves the rows' ages on the
-    device alone. On CUDA it is Triton's kernels, but for float64 models and where Triton is not installed.
+    device alone. It is Triton's kernels where ``has_kernels``.
     """
-    if model.device.type == "cuda" and model.dtype in FUSED_DTYPES and find_spec("triton"):
+    if has_kernels(model):
         from sinktrain.streaming.fused import FusedStep
 
         has_pdl = torch.cuda.get_device_capability(model.device) >= (9, 0)
         return FusedStep(model, cache, tokens, use_pdl=has_pdl)
     return PlainStep(model, cache, tokens)
+
+
+def has_kernels(model: GPTNeoX) -> bool:
+    """Whether Triton's kernels take this model: on CUDA, in float32 and the half precisions."""
+    return model.device.type == "cuda" and model.dtype in FUSED_DTYPES and find_spec("triton") is not None
 
 
 class Replayed:

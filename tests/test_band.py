@@ -1,0 +1,62 @@
+"""The Triton kernels of exact evaluation against the plain band: by Triton's interpreter without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import random_tokens, tiny_model
+
+from sinktrain.model.loss import token_losses
+from sinktrain.model.neox import GPTNeoX
+from sinktrain.streaming.band import PlainBand
+from sinktrain.streaming.layout import Layout
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fed(band: Any, model: GPTNeoX, tokens: torch.Tensor, block_size: int) -> torch.Tensor:
+    hidden = []
+    for block in torch.split(tokens, block_size, dim=1):
+        band.begin(block.shape[1])
+        hidden.append(model.hidden(block, band))
+    return torch.cat(hidden, dim=1)
+
+
+@pytest.mark.parametrize("layout", ["0+20", "1+19", "4+33", "2+1", "40+30", "0+200"])
+@pytest.mark.parametrize("block_size", [7, 90])
+def test_banded_kernels_equal_the_plain_band_through_wraps(layout: str, block_size: int) -> None:
+    from sinktrain.streaming.band_fused import FusedBand
+
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=1).to(DEVICE)
+    tokens = random_tokens(2, 180).to(DEVICE)
+    parsed = Layout.parse(layout)
+    fused = FusedBand(model, parsed, 2, 180, block_size)
+    fused_hidden = fed(fused, model, tokens, block_size)
+    plain_hidden = fed(PlainBand(model, parsed, 2), model, tokens, 180)
+    torch.testing.assert_close(fused_hidden, plain_hidden, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"rotary_pct": 0.0}, {"rotary_pct": 1.0}, {"hidden_size": 40, "rotary_pct": 0.5}], ids=str
+)
+def test_banded_kernels_take_any_head_and_rotation(sizes: dict[str, Any]) -> None:
+    from sinktrain.streaming.band_fused import FusedBand
+
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=1, **sizes).to(DEVICE)
+    tokens, layout = random_tokens(1, 100).to(DEVICE), Layout(1, 30)
+    fused = fed(FusedBand(model, layout, 1, 100), model, tokens, 64)
+    torch.testing.assert_close(fused, fed(PlainBand(model, layout, 1), model, tokens, 100), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 130])
+def test_the_loss_without_logits_equals_the_cross_entropy_of_the_logits(num_rows: int) -> None:
+    from sinktrain.streaming.band_fused import fused_losses
+
+    model = tiny_model(dtype=torch.float32).to(DEVICE)
+    hidden = torch.randn(num_rows, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets = random_tokens(1, num_rows)[0].to(DEVICE)
+    expected = token_losses(model.logits(hidden)[None], targets[None])[0]
+    torch.testing.assert_close(fused_losses(model, hidden, targets), expected, rtol=0, atol=2e-5)
