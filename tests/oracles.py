@@ -194,3 +194,33 @@ def _softmax_mix(q: Array, keys: list[Array], values: list[Array]) -> Array:
     weights = np.exp(scores - scores.max(axis=0))
     weights /= weights.sum(axis=0)
     return np.asarray(sum(weight[:, None] * value for weight, value in zip(weights, values, strict=True)))
+
+
+def attention_weights(model: GPTNeoX, tokens: torch.Tensor) -> Array:
+    """Causal weights: int64[batch, seq] -> float64[batch, layer, head, query, key], 0 for later keys."""
+    network = model.config.network
+    length = tokens.shape[1]
+    recorded: list[Array] = []
+
+    def stream() -> Attend:
+        weights = np.zeros((network.num_hidden_layers, network.num_attention_heads, length, length))
+        keys: dict[int, list[Array]] = {}
+        values: dict[int, list[Array]] = {}
+        recorded.append(weights)
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+            seen, seen_values = keys.setdefault(layer, []), values.setdefault(layer, [])
+            row = len(seen)
+            query = _rotate(model, q, row)
+            seen.append(_rotate(model, k, row))
+            seen_values.append(v)
+            for head in range(network.num_attention_heads):
+                scores = np.array([query[head] @ key[head] for key in seen]) / math.sqrt(network.head_dim)
+                exponents = np.exp(scores - scores.max())
+                weights[layer, head, row, : row + 1] = exponents / exponents.sum()
+            return _softmax_mix(query, seen, seen_values)
+
+        return attend
+
+    _each_row(model, tokens, stream)
+    return np.stack(recorded)

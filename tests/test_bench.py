@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sinktrain import cli
 from sinktrain.errors import ConfigError
-from sinktrain.experiments import bench, contenders, machine, peers
+from sinktrain.experiments import bench, bench_evaluate, contenders, machine, peers
 from sinktrain.experiments.bench import DecodeBench, bench_decode, trace_marks
+from sinktrain.experiments.bench_evaluate import EvaluateBench
 from sinktrain.experiments.contenders import Cell, Contender, matmuls_contender, step_bytes
 from sinktrain.experiments.peers import (
     CatAndRotatePeer,
@@ -432,9 +433,36 @@ def test_without_peers_transformers_is_not_imported(run_folder):
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+def test_options_of_evaluate_reach_the_benchmark(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        bench_evaluate, "bench_evaluate", lambda request: asked.append(request) or {"rows": []}
+    )
+    assert run("evaluate --device cpu --json") == (0, '{"rows": []}\n', "")
+    run("evaluate --model m --layouts 1+7,3+5 --tokens 4_000 --streams 3 --device cpu --dtype float64 --json")
+    run("evaluate --preset 14m,pythia-31m --device cpu --json")
+    cpu = torch.device("cpu")
+    assert asked == [
+        EvaluateBench(["160m"], None, [], 0, 0, cpu, torch.float32),
+        EvaluateBench([], "m", [Layout(1, 7), Layout(3, 5)], 4000, 3, cpu, torch.float64),
+        EvaluateBench(["14m", "31m"], None, [], 0, 0, cpu, torch.float32),
+    ]
+
+
 MISTAKES = [
-    ("train", 'no benchmark "train"; there is decode: sinktrain bench decode'),
-    ("", "the following arguments are required: decode; see sinktrain bench --help"),
+    ("train", 'no benchmark "train"; there are decode and evaluate'),
+    ("decod", 'no benchmark "decod"; did you mean "decode"?; there are decode and evaluate'),
+    ("", "the following arguments are required: decode|evaluate; see sinktrain bench --help"),
+    ("decode --streams 2", "--streams is for bench evaluate; leave it out here"),
+    ("evaluate --batch 2", "--batch is for bench decode; leave it out here"),
+    ("evaluate --peers", "--peers is for bench decode; leave it out here"),
+    ("evaluate --trace", "--trace is for bench decode; leave it out here"),
+    ("evaluate --recompute-windows none", "--recompute-windows is for bench decode; leave it out here"),
+    ("evaluate --streams 0", "argument --streams: 0 is not a number of streams; use 1 or more"),
+    ("evaluate --layouts 1024", 'layout "1024" is not sinks+window'),
+    ("evaluate --tokens inf", "--tokens inf would never end; use a number"),
+    ("evaluate --model x --preset 14m", "--model and --preset both say what to time; give one of them"),
+    ("evaluate --preset 15m", 'no preset "15m"; did you mean "31m"?; there are 14m, 31m, 70m'),
     ("decode --preset 15m", 'no preset "15m"; did you mean "31m"?; there are 14m, 31m, 70m'),
     ("decode --preset 14m,", 'no preset ""'),
     ("decode --model x --preset 14m", "--model and --preset both say what to time; give one of them"),

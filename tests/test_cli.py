@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,14 +17,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from example_results import example_results
 from tiny_models import tiny_model, write_run
 from tiny_runs import TEXT, tiny_tokenizer, write_text_run
 from tiny_shards import tiny_run, write_shards
 
 from sinktrain import __version__, cli
+from sinktrain.data.prepare import PrepareOptions
+from sinktrain.data.sources import Source
 from sinktrain.data.tokenizer import load_tokenizer
+from sinktrain.errors import ConfigError
+from sinktrain.evaluation import compare as comparing
+from sinktrain.evaluation.compare import Comparison
 from sinktrain.model.checkpoints import load_model
 from sinktrain.streaming.decoder import StreamingDecoder
+from sinktrain.streaming.layout import Layout
 from sinktrain.streaming.text import Dialogue, stream_text
 
 SINKTRAIN = str(Path(sys.executable).with_name("sinktrain"))
@@ -117,11 +125,12 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"sinktrain {__version__}\n", "")
 
 
-def test_interruption_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: list[str]) -> int:
-        raise KeyboardInterrupt
+def interrupted(*_: Any) -> int:
+    raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "compare", interrupted)
+
+def test_interruption_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sinktrain.cli.compare.compare", interrupted)
     assert run("compare") == (130, "", "")
 
 
@@ -129,7 +138,7 @@ def test_a_defect_is_not_taken_for_a_mistake(run: Run, monkeypatch: pytest.Monke
     def defective(_: list[str]) -> int:
         raise OSError("nobody knows where")
 
-    monkeypatch.setitem(cli.COMMANDS, "compare", defective)
+    monkeypatch.setattr("sinktrain.cli.compare.compare", defective)
     with pytest.raises(OSError, match="nobody knows where"):
         run("compare")
 
@@ -170,6 +179,9 @@ MISTAKES = [
         "prepare {home}/text.txt --out {home}/new --worker 2",
         'arguments: --worker 2; did you mean "--workers"?',
     ),
+    ("prepare {home}/text.txt --out {home}/new --streameval-share 0.7", "--streameval-share 0.7"),
+    ("prepare {home}/text.txt --out {home}/new --streameval-share -0.1", "--streameval-share -0.1"),
+    ("prepare {home}/text.txt --out {home}/new --streameval-share nan", "--streameval-share nan"),
     ("prepare --verify {home}/notes", "notes: no prepared shards here"),
     ("prepare --verify {home}/truncated", "the shard has 998 bytes, not 1000"),
     ("prepare --verify {home}/edited", "tokens-val-00000.bin: the shard was edited"),
@@ -189,15 +201,15 @@ MISTAKES = [
     ),
     (f"{STREAM} --layout 1024", 'layout "1024" is not sinks+window; write it like 1+1023'),
     (f"{STREAM} --layout 4+0", "layout 4+0 is too small"),
-    (f"{STREAM} --temperature -1", "--temperature -1.0 cannot be sampled at; use 0 or more"),
-    (f"{STREAM} --temperature nan", "--temperature nan cannot be sampled at"),
-    (f"{STREAM} --temperature inf", "--temperature inf cannot be sampled at"),
-    (f"{STREAM} --top-p 2", "--top-p 2.0 is not a probability; use more than 0, at most 1"),
-    (f"{STREAM} --top-k 0", "--top-k 0 keeps no token; use 1 or more"),
-    (f"{STREAM} --min-p 1.5", "--min-p 1.5 is not a share; use 0 to 1"),
+    (f"{STREAM} --temperature -1", "--temperature is -1.0; use 0 (most probable token) or more"),
+    (f"{STREAM} --temperature nan", "--temperature is nan; use 0"),
+    (f"{STREAM} --temperature inf", "--temperature is inf; use 0"),
+    (f"{STREAM} --top-p 2", "--top-p is 2.0; use a probability above 0, at most 1"),
+    (f"{STREAM} --top-k 0", "--top-k is 0; use 1 or more"),
+    (f"{STREAM} --min-p 1.5", "--min-p is 1.5; use a share from 0 to 1"),
     (
         f"{STREAM} --repetition-penalty 0",
-        "--repetition-penalty 0.0 cannot be used; use more than 0 (1 is none)",
+        "--repetition-penalty is 0.0; use more than 0 (1 is none)",
     ),
     (f"{STREAM} --turns --prompt -", "--prompt - and --turns both read stdin; write the prompt out"),
     (f"{STREAM} --seed -1", "--seed -1 is out of range"),
@@ -230,14 +242,49 @@ MISTAKES = [
     ("compare {home}/sink {home}/snk --text {home}/text.txt --out {home}/new", 'did you mean "sink"?'),
     (f"{COMPARE} --text {{home}}/text.txt --layouts 1+7,1+40", "layout 1+40 needs 41 positions"),
     (f"{COMPARE} --text {{home}}/text.txt --layouts 1+7,", 'layout "" is not sinks+window'),
+    (f"{COMPARE} --text {{home}}/text.txt --layouts 8,5", "a row of 5 slots is too small; use 6 or more"),
     (
         f"{COMPARE} --text {{home}}/text.txt --policies streamin",
-        'not one of streaming, dense; did you mean "streaming"?',
+        '"streamin" is not one of streaming, dense, recompute; did you mean "streaming"?',
+    ),
+    (
+        f"{COMPARE} --text {{home}}/text.txt --policies ",
+        '--policies "" is not one of streaming, dense, recom',
+    ),
+    (f"{COMPARE} --text {{home}}/text.txt --tasks ", '--tasks "" is not one of telemetry, removal'),
+    (
+        f"{COMPARE} --text {{home}}/text.txt --tasks removal,telemetri",
+        '--tasks "telemetri" is not one of telemetry, removal, latency, streameval, access, none; '
+        'did you mean "telemetry"?',
+    ),
+    (
+        f"{COMPARE} --text {{home}}/text.txt --tasks none,latency",
+        "--tasks none,latency: none stands alone; leave it or the others out",
     ),
     (
         f"{COMPARE} --text {{home}}/text.txt --streams 0",
-        "--streams 0 is not a number of streams; use 1 or more",
+        "argument --streams: 0 is not a number of streams; use 1 or more",
     ),
+    (
+        f"{COMPARE} --text {{home}}/text.txt --recompute-tokens inf",
+        "argument --recompute-tokens: inf is not a number of tokens; use 1 or more",
+    ),
+    (
+        f"{COMPARE} --text {{home}}/text.txt --verify -1",
+        "argument --verify: -1 is not a number of tokens; use 0 or more",
+    ),
+    ("compare --out {home}/new", "the following arguments are required: MODEL, --text; see"),
+    (
+        f"{COMPARE} --text {{home}}/text.txt --verify 8 --from-results {{home}}/results.json",
+        "--from-results measures nothing, so leave out --text, --verify, MODEL",
+    ),
+    ("compare --from-results {home}/none.json --out {home}/new", "{home}/none.json"),
+    ("compare --from-results {home}/rows.jsonl --out {home}/new", "{home}/rows.jsonl"),
+    (
+        "compare --from-results {home}/rows.jsonl --out {home}/notes",
+        "--out {home}/notes holds something that is not a report",
+    ),
+    ("evaluate {home}/sink --from-results x --out {home}/new", "unrecognized arguments: --from-results x"),
     (
         f"{COMPARE} --text {{home}}/text.txt --max-tokens -5",
         "argument --max-tokens: -5 is not a number of tokens",
@@ -302,6 +349,21 @@ def test_prepare_makes_shards_and_says_what_is_in_them(run: Run, tmp_path: Path)
     assert manifest["splits"]["val"]["tokens"] > 0
     assert run("prepare", "--verify", out).out == said.out
     assert json.loads(run("prepare", "--verify", out, "--json").out) == manifest
+
+
+def test_a_share_of_streameval_lines_is_prepared_when_asked(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[PrepareOptions] = []
+
+    def record(options: PrepareOptions) -> None:
+        asked.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("sinktrain.data.prepare.prepare", record)
+    for given in ((), ("--streameval-share", "0"), ("--streameval-share", "0.1")):
+        run("prepare", "book.txt", "--out", tmp_path, *given)
+    assert [options.streameval_share for options in asked] == [None, None, 0.1]
 
 
 # -- stream ---------------------------------------------------------------------------------------
@@ -473,7 +535,7 @@ def test_turns_are_answered_line_by_line(run: Run, home: Path, monkeypatch: pyte
 def test_a_reply_has_a_sensible_length_unless_told(
     run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "MAX_REPLY_TOKENS", 8)
+    monkeypatch.setattr("sinktrain.cli.stream.MAX_REPLY_TOKENS", 8)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"So it\n")))
     said = run("stream", home / "sink", "--turns", "--temperature", "0", "--stats")
     assert said.out == replies(home, "So it", max_tokens=8, temperature=0.0)
@@ -537,17 +599,19 @@ def one_core() -> dict[str, str]:
 
 def test_compare_prints_a_table_and_writes_a_report(run: Run, home: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "report"
-    said = run("compare", home / "vanilla", home / "sink", "--text", home / "text.txt", "--out", out)
+    arguments = ("--text", home / "text.txt", "--out", out, "--tasks", "removal")
+    said = run("compare", home / "vanilla", home / "sink", *arguments)
     assert said.code == 0
     for word in ("vanilla", "sink", "0+16", "1+15", "2+14", "4+12", "dense"):
         assert word in said.out
     assert said.err.splitlines()[-1] == f"report: {out / 'report.html'}"
-    assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "report.html"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "report.html", "measured"}
 
 
 def test_compare_json_is_the_content_of_results(run: Run, home: Path, tmp_path: Path) -> None:
     arguments = ("--text", home / "text.txt", "--out", tmp_path / "report", "--layouts", "1+7,0+8", "--json")
-    said = run("compare", home / "vanilla", home / "sink", *arguments, "--max-tokens", "inf")
+    options = ("--max-tokens", "inf", "--tasks", "none")
+    said = run("compare", home / "vanilla", home / "sink", *arguments, *options)
     results = json.loads(said.out)
     assert results == json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["environment"]["max_tokens"] is None
@@ -556,10 +620,13 @@ def test_compare_json_is_the_content_of_results(run: Run, home: Path, tmp_path: 
 
 def test_evaluate_measures_one_model(run: Run, home: Path, tmp_path: Path) -> None:
     arguments = ("--text", home / "text.txt", "--out", tmp_path / "report", "--policies", "streaming")
-    options = ("--max-tokens", "200", "--streams", "2", "--dtype", "float64", "--json")
+    sizes = ("--max-tokens", "200", "--streams", "2", "--verify", "20", "--dtype", "float64")
+    options = (*sizes, "--tasks", "none", "--json")
     results = json.loads(run("evaluate", home / "sink", *arguments, *options).out)
     assert len(results["perplexity"]) == 4
     assert {row["tokens_scored"] for row in results["perplexity"]} == {2 * (100 - 16)}
+    assert {row["num_tokens"] for row in results["verified"]} == {20}
+    assert all(row["max_logit_diff"] < 1e-10 for row in results["verified"])
     environment = results["environment"]
     assert (environment["max_tokens"], environment["num_streams"], environment["dtype"]) == (
         200,
@@ -571,13 +638,143 @@ def test_evaluate_measures_one_model(run: Run, home: Path, tmp_path: Path) -> No
 def test_an_earlier_report_is_replaced_and_what_lies_beside_it_kept(
     run: Run, home: Path, tmp_path: Path
 ) -> None:
-    arguments = ("--text", home / "text.txt", "--out", tmp_path, "--policies", "streaming", "--layouts")
+    options = ("--policies", "streaming", "--tasks", "none")
+    arguments = ("--text", home / "text.txt", "--out", tmp_path, *options, "--layouts")
     assert run("evaluate", home / "sink", *arguments, "1+7").code == 0
     (tmp_path / "notes.md").write_text("mine")
     assert run("evaluate", home / "sink", *arguments, "1+11").code == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["perplexity"]
     assert row["window"] == 11
     assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_a_comparison_that_was_cut_off_goes_on_in_its_folder(
+    run: Run, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--text", home / "text.txt", "--out", tmp_path, "--policies", "streaming", "--tasks", "none")
+    with monkeypatch.context() as cut:
+        cut.setattr(comparing, "between_models", interrupted)
+        assert run("compare", home / "vanilla", home / "sink", *arguments).code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["measured"]
+    (tmp_path / "mine").mkdir()
+    said = run("compare", home / "vanilla", home / "sink", *arguments)
+    assert_is_mistake(said, "compare", "holds something that is not a report")
+    (tmp_path / "mine").rmdir()
+    monkeypatch.setattr("sinktrain.evaluation.arms.measure", interrupted)
+    assert run("compare", home / "vanilla", home / "sink", *arguments).code == 0
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Comparison]:
+    """The comparisons that commands ask for; none is made, and each has two models and no failure."""
+    asked: list[Comparison] = []
+
+    def record(request: Comparison) -> dict[str, Any]:
+        asked.append(request)
+        return {**example_results(), "failed": []}
+
+    monkeypatch.setattr(comparing, "compare", record)
+    return asked
+
+
+def test_options_of_compare_reach_the_comparison(
+    run: Run, asked: list[Comparison], home: Path, tmp_path: Path
+) -> None:
+    texts = ("--text", home / "text.txt", "--text", "b.jsonl", "--text-column", "body")
+    rows = ("--layouts", "8,3+5,1+7", "--policies", "recompute,dense,dense", "--tasks", "access,removal")
+    sizes = ("--max-tokens", "2_000", "--streams", "3", "--recompute-tokens", "50", "--verify", "40")
+    options = (*texts, *rows, *sizes, "--device", "cpu", "--dtype", "float64", "--out", tmp_path / "a b")
+    arguments = ("compare", home / "vanilla", *options, home / "sink")
+    assert run(*arguments).code == 0
+    (request,) = asked
+    assert request == Comparison(
+        models=[str(home / "vanilla"), str(home / "sink")],
+        texts=[Source(str(home / "text.txt"), "body"), Source("b.jsonl", "body")],
+        layouts=[Layout(0, 8), Layout(1, 7), Layout(2, 6), Layout(4, 4), Layout(3, 5)],
+        policies=("recompute", "dense"),
+        tasks=("access", "removal"),
+        max_tokens=2000,
+        num_streams=3,
+        recompute_tokens=50,
+        verify_tokens=40,
+        device="cpu",
+        dtype=torch.float64,
+        out=tmp_path / "a b",
+        command=request.command,
+    )
+    assert shlex.split(request.command) == ["sinktrain", *map(str, arguments)]
+
+
+def test_compare_measures_everything_unless_told(run: Run, asked: list[Comparison], tmp_path: Path) -> None:
+    assert run("evaluate", "model", "--text", "text", "--device", "cpu", "--out", tmp_path).code == 0
+    assert run("compare", "a", "--text", "text", "--tasks", "none", "--out", tmp_path).code == 0
+    (request, without) = asked
+    assert (request.layouts, request.max_tokens, request.num_streams) == ([], 65_536, 8)
+    assert (request.recompute_tokens, request.verify_tokens) == (4096, 0)
+    assert (request.policies, request.tasks) == (("streaming", "dense"), comparing.TASKS)
+    assert without.tasks == ()
+    assert request.dtype == torch.float32
+    assert request.command.startswith("sinktrain evaluate model --text text --device cpu --out /")
+
+
+def test_a_gpu_computes_in_bfloat16_unless_told(
+    run: Run, asked: list[Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sinktrain.cli.compare.chosen_device", lambda _: "cuda:1")
+    arguments = ("evaluate", "model", "--text", "text", "--out", tmp_path)
+    assert run(*arguments).code == run(*arguments, "--dtype", "float32").code == 0
+    assert [request.dtype for request in asked] == [torch.bfloat16, torch.float32]
+
+
+def test_models_that_failed_are_named_after_the_report(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = [{"model": "a", "error": "no such\nfile"}, {"model": "b", "error": "cut off"}]
+    monkeypatch.setattr(comparing, "compare", lambda _: {**example_results(), "failed": failed})
+    said = run("compare", "a", "b", "--text", "text", "--out", tmp_path, "--json")
+    assert said.code == 2
+    report, *lines = said.err.splitlines()
+    assert report == f"report: {tmp_path / 'report.html'}"
+    kept = "the others' results are kept, the same command tries it again"
+    assert lines == [
+        f"sinktrain compare: a failed: no such file; {kept}",
+        f"sinktrain compare: b failed: cut off; {kept}",
+    ]
+    assert json.loads(said.out) == json.loads((tmp_path / "results.json").read_text())
+
+
+def test_a_report_is_rendered_again_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(example_results()))
+    script = (
+        "import sys; from sinktrain.cli import main\n"
+        "assert main(['compare', '--from-results', sys.argv[1], '--out', sys.argv[2]]) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    arguments = [str(tmp_path / "results.json"), str(tmp_path / "again")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True
+    )
+    assert "vanilla" in done.stdout
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {
+        "results.json",
+        "results.md",
+        "report.html",
+    }
+    assert json.loads((tmp_path / "again" / "results.json").read_text()) == example_results()
+
+
+def test_results_are_logged_to_wandb_when_asked(
+    run: Run, asked: list[Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[Any] = []
+    monkeypatch.setattr("sinktrain.report.wandb_log.log_report", lambda *given: logged.append(given))
+    assert run("compare", "a", "--text", "text", "--out", tmp_path).code == 0
+    assert not logged
+    assert run("compare", "a", "--text", "text", "--out", tmp_path, "--wandb", "sinks").code == 0
+    again = ("compare", "--from-results", tmp_path / "results.json", "--out", tmp_path, "--wandb", "more")
+    assert run(*again).code == 0
+    assert [(out, project) for _, out, project in logged] == [(tmp_path, "sinks"), (tmp_path, "more")]
+    assert logged[0][0] == logged[1][0] == {**example_results(), "failed": []}
 
 
 # -- export and validate --------------------------------------------------------------------------

@@ -20,10 +20,12 @@ from tiny_shards import write_shards
 from sinktrain.data.sources import Source
 from sinktrain.data.tokenizer import load_tokenizer, train_tokenizer
 from sinktrain.errors import ConfigError, DataError, ModelError, SinktrainError, StreamError
+from sinktrain.evaluation import arms as arms_module
 from sinktrain.evaluation import compare as compare_module
-from sinktrain.evaluation.compare import Comparison, compare
+from sinktrain.evaluation.compare import TASKS, Comparison, compare
 from sinktrain.evaluation.statistics import by_position, mean_interval, paired_difference
 from sinktrain.model.checkpoints import load_model
+from sinktrain.report.reading import results_validator
 from sinktrain.streaming.blockwise import stream_loss
 from sinktrain.streaming.layout import Layout
 
@@ -32,68 +34,10 @@ STREAMS = 4
 LAYOUTS = [Layout(sinks, N - sinks) for sinks in (0, 1, 2, 4)]
 Results = dict[str, Any]
 
-# -- the schema of interface.md -------------------------------------------------------------------
-
-NUMBER = (int, float)
-NONE = type(None)
-ROW = {"text": str, "policy": str, "sinks": int, "window": int}
-SINK = {"kind": str, "count": int, "token_ids": list}
-FIELDS: dict[str, dict[str, Any]] = {
-    "models": {
-        "name": str,
-        "source": str,
-        "parameters": int,
-        "sink": dict,
-        "tokens_seen": (int, NONE),
-        "seed": (int, NONE),
-        "arm": (str, NONE),
-    },
-    "perplexity": {
-        "model": str,
-        **ROW,
-        "tokens_scored": int,
-        "loss_nats": float,
-        "perplexity": float,
-        "bits_per_byte": (float, NONE),
-        "ci95": list,
-    },
-    "paired": {"a": str, "b": str, **ROW, "delta_nats": float, "ci95": list, "p": float, "interval": str},
-    "position_loss": {"model": str, **ROW, "stream_pos": list, "loss_nats": list},
-}
-NOT_MEASURED = ("latency", "sink_metric", "sink_attention", "norms", "removal", "streameval", "quantized")
-
 
 def schema_problems(results: Results) -> list[str]:
-    """What of interface.md's results.json is missing or of another type."""
-    expected = {"schema_version", "environment", *FIELDS, *NOT_MEASURED}
-    problems = [f"{key} is missing" for key in expected - set(results)]
-    problems += [f"{key} is unknown" for key in set(results) - expected]
-    problems += [f"{key} is not an empty list" for key in NOT_MEASURED if results.get(key) != []]
-    if type(results.get("schema_version")) is not int or not isinstance(results.get("environment"), dict):
-        problems.append("schema_version or environment")
-    for name, fields in FIELDS.items():
-        for number, entry in enumerate(results.get(name, [])):
-            problems += _entry_problems(f"{name}[{number}]", entry, fields)
-    for model in results.get("models", []):
-        problems += _entry_problems(f"sink of {model['name']}", model["sink"], SINK)
-    return problems
-
-
-def _entry_problems(where: str, entry: Any, fields: dict[str, Any]) -> list[str]:
-    problems = [
-        f"{where}.{key} is {entry.get(key)!r}" for key, kind in fields.items() if not _is(entry, key, kind)
-    ]
-    if "policy" in fields and entry["policy"] not in ("streaming", "dense", "recompute"):
-        problems.append(f"{where}.policy is {entry['policy']}")
-    if "ci95" in fields and not (len(entry["ci95"]) == 2 and entry["ci95"][0] <= entry["ci95"][1]):
-        problems.append(f"{where}.ci95 is {entry['ci95']}")
-    if "stream_pos" in fields and not 0 < len(entry["stream_pos"]) == len(entry["loss_nats"]):
-        problems.append(f"{where}: {len(entry['stream_pos'])} positions, {len(entry['loss_nats'])} losses")
-    return problems
-
-
-def _is(entry: Any, key: str, kind: Any) -> bool:
-    return isinstance(entry, dict) and key in entry and isinstance(entry[key], kind)
+    """What of the published schema is missing or of another type."""
+    return [error.message for error in results_validator().iter_errors(results)]
 
 
 # -- models and texts -----------------------------------------------------------------------------
@@ -114,13 +58,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(home: Path, *models: str, **changes: Any) -> Comparison:
     request = Comparison(
         models=[str(home / model) for model in models],
-        text=Source(str(home / "text.txt")),
+        texts=[Source(str(home / "text.txt"))],
         layouts=[],
         policies=("streaming", "dense"),
+        tasks=(),
         max_tokens=None,
         num_streams=STREAMS,
         device="cpu",
         dtype=torch.float32,
+        out=home / "out",
+        command="sinktrain compare it all",
     )
     return replace(request, **changes)
 
@@ -151,7 +98,8 @@ def scored_losses(home: Path, model: str, layout: Layout) -> np.ndarray[Any, Any
 
 def test_results_have_every_field_of_the_interface(results: Results) -> None:
     assert schema_problems(results) == []
-    assert schema_problems({**results, "latency": [1], "paired": [{"a": 1, "ci95": [], "policy": ""}]})
+    assert schema_problems({**results, "paired": [{"a": 1, "ci95": [], "policy": ""}]})
+    assert all(results[name] == [] for name in ("latency", "removal", "streameval", "verified", "failed"))
 
 
 def test_results_are_json_without_nan_or_rounding(results: Results) -> None:
@@ -172,6 +120,8 @@ def test_models_are_described(results: Results, home: Path) -> None:
             "tokens_seen": 6400,
             "seed": 7,
             "arm": "sink",
+            "tokenizer": tiny_tokenizer().sha256,
+            "trained_length": 2 * N,
         }
         for name, sink in (
             ("vanilla", {"kind": "none", "count": 0, "token_ids": []}),
@@ -287,9 +237,9 @@ def test_identical_models_do_not_differ(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_comparison_twice_is_the_same_but_for_the_time(results: Results, home: Path) -> None:
-    again = compare(asked(home, "vanilla", "sink"))
+    again = compare(asked(home, "vanilla", "sink", out=home / "elsewhere"))
     for found in (results, again):
-        found["environment"] = {**found["environment"], "started_at": "now"}
+        found["environment"] = {**found["environment"], "started_at": "now", "elapsed_s": 1.0}
     assert again == results
 
 
@@ -343,7 +293,7 @@ def test_a_text_in_the_folder_where_one_stands_has_a_name(
     (tmp_path / "letters").mkdir()
     shutil.copy(home / "text.txt", tmp_path / "letters" / "one.txt")
     monkeypatch.chdir(tmp_path / "letters")
-    found = compare(asked(home, "sink", text=Source("."), policies=("streaming",)))
+    found = compare(asked(home, "sink", texts=[Source(".")], policies=("streaming",)))
     assert {row["text"] for row in found["perplexity"]} == {"letters"}
 
 
@@ -387,7 +337,7 @@ def test_models_without_a_tokenizer_are_compared_on_shards(tmp_path: Path) -> No
         for seed in (1, 2)
     ]
     request = replace(
-        asked(tmp_path), models=[str(run) for run in bare], text=Source(str(tmp_path / "shards"))
+        asked(tmp_path), models=[str(run) for run in bare], texts=[Source(str(tmp_path / "shards"))]
     )
     found = compare(request)
     assert schema_problems(found) == []
@@ -402,7 +352,7 @@ def test_models_without_a_tokenizer_are_compared_on_shards(tmp_path: Path) -> No
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring is a failure: the mistake of the second model must be found before the first is measured."""
-    monkeypatch.setattr(compare_module, "measure", lambda *_: pytest.fail("a model was measured"))
+    monkeypatch.setattr(compare_module, "measure_arm", lambda *_: pytest.fail("a model was measured"))
 
 
 def refused(request: Comparison) -> str:
@@ -435,7 +385,7 @@ def test_a_second_model_of_another_tokenizer_is_refused_for_shards(home: Path, t
     write_shards(tmp_path / "shards")
     right = write_text_run(tmp_path / "right", tokenizer=load_tokenizer(str(tmp_path / "shards")))
     models = [str(right), str(home / "sink")]
-    message = refused(replace(asked(home), models=models, text=Source(str(tmp_path / "shards"))))
+    message = refused(replace(asked(home), models=models, texts=[Source(str(tmp_path / "shards"))]))
     assert "these shards were not made with the tokenizer of" in message
 
 
@@ -476,7 +426,7 @@ def test_losses_that_are_not_finite_are_refused_with_the_model_named(home: Path,
 def test_dense_is_left_out_where_it_does_not_fit(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare_module, "_free_bytes", lambda _: 2**17)
+    monkeypatch.setattr(arms_module, "_free_bytes", lambda _: 2**17)
     found = compare(asked(home, "sink"))
     assert {row["policy"] for row in found["perplexity"]} == {"streaming"}
     assert schema_problems(found) == []
@@ -491,22 +441,173 @@ def test_dense_is_left_out_where_it_does_not_fit(
 def test_nothing_is_said_of_dense_where_it_was_not_asked_for(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare_module, "_free_bytes", lambda _: 2**17)
+    monkeypatch.setattr(arms_module, "_free_bytes", lambda _: 2**17)
     compare(asked(home, "sink", policies=("streaming",)))
     assert "dense" not in capsys.readouterr().err
 
 
 def test_dense_alone_that_does_not_fit_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "_free_bytes", lambda _: 2**17)
+    monkeypatch.setattr(arms_module, "_free_bytes", lambda _: 2**17)
     message = refused(asked(home, "sink", policies=("dense",)))
     assert message.startswith("sink: dense does not fit: 4 streams of")
 
 
 def test_free_memory_is_what_the_machine_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2**20 < compare_module._free_bytes(torch.device("cpu")) < 2**50
+    assert 2**20 < arms_module._free_bytes(torch.device("cpu")) < 2**50
     monkeypatch.setattr(Path, "read_text", _missing)
-    assert compare_module._free_bytes(torch.device("cpu")) > 2**50  # not Linux
+    assert arms_module._free_bytes(torch.device("cpu")) > 2**50  # not Linux
 
 
 def _missing(*_: Any, **__: Any) -> str:
     raise FileNotFoundError
+
+
+# -- several texts, several lengths, other policies -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second_text(home: Path) -> Source:
+    (home / "second.txt").write_text("".join(reversed(TEXT)))
+    return Source(str(home / "second.txt"))
+
+
+def test_every_text_has_its_own_rows_and_pairs(home: Path, second_text: Source, results: Results) -> None:
+    texts = [Source(str(home / "text.txt")), second_text]
+    found = compare(asked(home, "vanilla", "sink", texts=texts))
+    assert found["environment"]["texts"] == ["text.txt", "second.txt"]
+    for kind in ("perplexity", "paired", "position_loss"):
+        assert [row for row in found[kind] if row["text"] == "text.txt"] == results[kind]
+        assert len([row for row in found[kind] if row["text"] == "second.txt"]) == len(results[kind])
+
+
+def test_a_text_given_twice_is_refused(home: Path) -> None:
+    text = Source(str(home / "text.txt"))
+    assert refused(asked(home, "sink", texts=[text, text])) == (
+        f"{home / 'text.txt'} is given twice; give each --text once"
+    )
+
+
+def test_texts_of_one_name_are_told_apart_by_their_paths(home: Path, tmp_path: Path) -> None:
+    shutil.copy(home / "text.txt", tmp_path / "text.txt")
+    texts = [Source(str(folder / "text.txt")) for folder in (home, tmp_path)]
+    found = compare(asked(home, "sink", texts=texts, policies=("streaming",)))
+    assert found["environment"]["texts"] == [text.location for text in texts]
+
+
+def test_layouts_are_paired_with_the_one_of_their_own_length(home: Path) -> None:
+    layouts = [Layout(sinks, size - sinks) for size in (N, N // 2) for sinks in (0, 1)]
+    found = compare(asked(home, "sink", layouts=layouts, policies=("streaming",)))
+    assert [(row["a_window"], row["b_window"]) for row in found["paired"]] == [(N, N - 1), (8, 7)]
+
+
+def test_recomputed_rows_are_paired_with_streaming_on_the_tokens_that_both_score(home: Path) -> None:
+    policies = ("streaming", "recompute")
+    found = compare(asked(home, "vanilla", "sink", policies=policies, recompute_tokens=64))
+    assert schema_problems(found) == []
+    rows = [row for row in found["perplexity"] if row["policy"] == "recompute"]
+    assert [(row["model"], row["sinks"], row["window"]) for row in rows] == [
+        ("vanilla", 0, N),
+        ("sink", 1, N - 1),
+    ]
+    assert {row["tokens_scored"] for row in rows} == {64}
+    pairs = [row for row in found["paired"] if row.get("a_policy")]
+    assert [(row["a"], row["a_policy"], row["b_policy"], row["b_sinks"]) for row in pairs] == [
+        ("vanilla", "recompute", "streaming", 1),
+        ("sink", "recompute", "streaming", 1),
+    ]
+    between = [row for row in found["paired"] if row["a"] != row["b"] and row["policy"] == "recompute"]
+    assert [row["delta_nats"] for row in between] == [
+        pytest.approx(rows[1]["loss_nats"] - rows[0]["loss_nats"], abs=1e-12)
+    ]
+
+
+# -- tasks ----------------------------------------------------------------------------------------
+
+
+def test_all_tasks_fill_their_lists_and_fit_the_schema(home: Path) -> None:
+    found = compare(asked(home, "vanilla", "sink", tasks=TASKS, verify_tokens=40))
+    assert schema_problems(found) == []
+    for name in ("latency", "sink_metric", "sink_attention", "norms", "removal", "streameval", "verified"):
+        assert {row["model"] for row in found[name]} == {"vanilla", "sink"}, name
+    assert {row["task"] for row in found["streameval"]} == {"streameval", "access"}
+    assert {row["test"] for row in found["removal"]} == {"removed", "replaced"}
+    assert {row["weights"] for row in found["norms"]} == {"trained", "initial"}
+    assert [str(Layout(row["sinks"], row["window"])) for row in found["verified"]] == 2 * [*map(str, LAYOUTS)]
+    assert 0 < max(row["max_logit_diff"] for row in found["verified"]) < 1e-5
+
+
+@pytest.mark.parametrize("task", ["streameval", "access"])
+def test_questions_are_asked_one_by_one_when_one_task_is_named(home: Path, task: str) -> None:
+    found = compare(asked(home, "sink", policies=("streaming",), tasks=(task,)))
+    assert {row["task"] for row in found["streameval"]} == {task}
+
+
+# -- going on -------------------------------------------------------------------------------------
+
+
+def test_what_was_measured_is_not_measured_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = asked(home, "vanilla", "sink", tasks=("telemetry", "removal"), out=tmp_path)
+    first = compare(request)
+    for name in ("measure", "telemetry", "removal_rows"):
+        monkeypatch.setattr(arms_module, name, lambda *_: pytest.fail("measured again"))
+    again = compare(request)
+    assert all(again[name] == first[name] for name in first if name != "environment")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": torch.float64}, {"num_streams": 3}, {"max_tokens": 300}], ids=str
+)
+def test_what_depends_on_something_else_is_measured_again(
+    home: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    request = asked(home, "sink", policies=("streaming",), out=tmp_path)
+    first = compare(request)
+    other = compare(replace(request, **changes))
+    assert other["perplexity"] == compare(replace(request, **changes, out=tmp_path / "fresh"))["perplexity"]
+    assert other["perplexity"] != first["perplexity"]
+
+
+def test_a_damaged_measurement_is_made_again(home: Path, tmp_path: Path) -> None:
+    request = asked(home, "sink", tasks=("telemetry",), out=tmp_path)
+    first = compare(request)
+    for path in (tmp_path / "measured").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    again = compare(request)
+    assert all(again[name] == first[name] for name in first if name != "environment")
+
+
+def test_a_model_that_fails_half_way_leaves_the_others_results(home: Path, tmp_path: Path) -> None:
+    """And the same comparison goes on when the model has been mended."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=tokenizer.padded_vocab_size, max_position_embeddings=32)
+    whole = write_run(model, tmp_path / "mended")
+    model.embed_out.weight[3, 3] = torch.nan
+    broken = write_run(model, tmp_path / "broken")
+    for path in (whole, broken):
+        tokenizer.save(path / "tokenizer.json")
+    request = replace(asked(home), models=[str(broken), str(home / "sink")], out=tmp_path / "out")
+    found = compare(request)
+    assert schema_problems(found) == []
+    assert [row["model"] for row in found["failed"]] == ["broken"]
+    assert found["failed"][0]["error"].startswith(f"{broken} gives losses that are not finite")
+    assert {row["model"] for row in found["perplexity"]} == {"sink"}
+    shutil.rmtree(broken)
+    whole.rename(broken)
+    found = compare(request)
+    assert found["failed"] == []
+    assert {row["model"] for row in found["perplexity"]} == {"broken", "sink"}
+
+
+def test_a_model_that_runs_out_of_memory_is_told_what_would_do(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_arm(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
+
+    monkeypatch.setattr(compare_module, "measure_arm", measure_arm)
+    assert refused(asked(home, "sink")) == (
+        f"{home / 'sink'} does not fit into the memory of cpu: CUDA out of memory. Tried to allocate 3 GiB.; "
+        "use fewer --streams, smaller --layouts or another --device"
+    )

@@ -10,7 +10,7 @@ from oracles import random_tokens, rotate_everything_stream, tiny_model
 from tiny_shards import tiny_run, write_shards
 
 from sinktrain.model.loss import token_losses
-from sinktrain.streaming.blockwise import stream_logits
+from sinktrain.streaming.blockwise import stream_logits, stream_loss
 from sinktrain.streaming.decoder import StreamingDecoder
 from sinktrain.training.fit import fit
 from sinktrain.training.metrics_table import MetricsTable
@@ -43,6 +43,29 @@ def test_a_stream_of_replayed_kernels_equals_the_oracle_in_float32() -> None:
     decoder = StreamingDecoder(model.float().cuda(), 1, window=40, batch_size=3)
     steps = torch.stack([decoder.step(tokens[:, i].cuda()) for i in range(120)], dim=1).cpu()
     torch.testing.assert_close(steps.double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+def test_blocks_on_cuda_equal_the_oracle_in_float32_and_lose_little_in_bfloat16(sinks: int) -> None:
+    model, tokens = tiny_model(), random_tokens(3, 300)
+    expected = stream_loss(model, tokens, sinks, 40)
+    single = stream_loss(model.float().cuda(), tokens, sinks, 40).cpu().double()
+    torch.testing.assert_close(single, expected, atol=5e-5, rtol=0)
+    half = stream_loss(model.bfloat16(), tokens, sinks, 40).cpu().double()
+    assert 0 < (half - expected).abs().mean() < 0.2
+    assert (half - expected).mean().abs() < 0.02
+
+
+def test_memory_of_exact_evaluation_is_flat_in_stream_length() -> None:
+    model = tiny_model(dtype=torch.bfloat16, num_hidden_layers=4, hidden_size=128).cuda()
+    peaks = []
+    for length in (100_000, 400_000):
+        tokens = random_tokens(1, length).cuda()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        stream_loss(model, tokens, 1, 63)
+        peaks.append(torch.cuda.max_memory_allocated() - held - 24 * length)  # but for losses and their mask
+    assert abs(peaks[1] - peaks[0]) < 0.1 * peaks[0]
 
 
 def test_half_precision_kernels_lose_no_more_than_the_dense_model_does() -> None:

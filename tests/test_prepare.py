@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ import pytest
 from sinktrain.data import encoding, segments, shards
 from sinktrain.data import prepare as module
 from sinktrain.data.prepare import PrepareOptions, prepare
+from sinktrain.data.registers import HEADER
 from sinktrain.data.shards import TokenSplit, read_manifest, verify
 from sinktrain.data.sources import Source, documents, is_held_out, pieces
 from sinktrain.data.tokenizer import load_tokenizer, train_tokenizer
@@ -222,6 +224,7 @@ def test_folder_of_another_request_is_refused_and_kept(
         ({"vocab_size": 500}, "--vocab-size"),
         ({"val_fraction": 0.2}, "--val-fraction"),
         ({"max_tokens": 10}, "--max-tokens"),
+        ({"streameval_share": 0.1}, "--streameval-share"),
     ):
         message = refused(options_for(text, out, **change))
         assert message == f"--out {out}: {holds} with another {name}; choose another --out"
@@ -274,6 +277,9 @@ def test_two_at_once_in_one_folder_are_refused(text: Path, out: Path) -> None:
         ({"val_fraction": 1.0}, "--val-fraction 1.0 must lie between 0 and 1, both excluded"),
         ({"max_tokens": 0}, "--max-tokens 0 must be 1 or more"),
         ({"workers": 0}, "--workers 0 must be 1 or more"),
+        ({"streameval_share": -0.1}, "--streameval-share -0.1 must lie between 0 and 0.5"),
+        ({"streameval_share": 0.51}, "--streameval-share 0.51 must lie between 0 and 0.5"),
+        ({"streameval_share": math.nan}, "--streameval-share nan must lie between 0 and 0.5"),
     ],
 )
 def test_options_that_cannot_be_are_refused(
@@ -281,6 +287,94 @@ def test_options_that_cannot_be_are_refused(
 ) -> None:
     assert refused(options_for(text, out, **options)).startswith(message)
     assert not out.exists()
+
+
+def runs_of(folder: Path, split: str) -> list[str]:
+    """The texts between end-of-text tokens."""
+    tokenizer, opened = load_tokenizer(str(folder)), TokenSplit.open(folder, split)
+    ids = opened.read(np.array([0]), opened.num_tokens)[0]
+    assert ids[-1] == tokenizer.eos_token_id
+    ends = np.flatnonzero(ids == tokenizer.eos_token_id)
+    return [tokenizer.decode(run.tolist()) for run in np.split(ids, ends + 1)[:-1]]
+
+
+def text_of(runs: list[str]) -> str:
+    return "".join(run.removesuffix("<|endoftext|>") for run in runs)
+
+
+def test_lines_are_documents_between_the_training_text_and_never_held_out(
+    text: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "TASK_BYTES", 5000)
+    without, again = out.with_name("without"), str(out.with_name("without"))
+    plain = prepare(options_for(text, without))
+    manifest = prepare(options_for(text, out, tokenizer=again, streameval_share=0.5))
+    with_lines = runs_of(out, "train")
+    lines = [run for run in with_lines if run.startswith(HEADER)]
+    rest = [run for run in with_lines if not run.startswith(HEADER)]
+    assert text_of(rest) == text_of(runs_of(without, "train"))
+    assert contents(out)["tokens-val-00000.bin"] == contents(without)["tokens-val-00000.bin"]
+    assert not any("REGISTER" in run for run in (*rest, *runs_of(out, "val")))
+    assert len(text_of(lines).encode()) / len(text_of(with_lines).encode()) == pytest.approx(0.5, abs=0.05)
+    counts, before = manifest.splits, plain.splits
+    assert counts["val"] == before["val"]
+    assert counts["train"].pieces == before["train"].pieces
+    assert counts["train"].documents == before["train"].documents + len(lines)
+    assert counts["train"].text_bytes == len(text_of(with_lines).encode())
+    assert manifest.fingerprint != plain.fingerprint
+    assert manifest.request["--streameval-share"] == 0.5
+
+
+def test_share_of_lines_is_met_where_documents_are_shorter_than_they_are(tmp_path: Path, out: Path) -> None:
+    documents = "\n<|doc|>\n".join(f"{number} " + 80 * "a word " for number in range(600))
+    (tmp_path / "short.txt").write_text(documents)
+    prepare(options_for(tmp_path / "short.txt", out, streameval_share=0.2))
+    runs = runs_of(out, "train")
+    lines = [run for run in runs if run.startswith(HEADER)]
+    assert 20 < len(lines) < 120
+    assert len(text_of(lines)) / len(text_of(runs)) == pytest.approx(0.2, abs=0.05)
+
+
+def test_tokenizer_learns_the_lines_too(text: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[str] = []
+
+    def train(texts: Iterator[str], vocab_size: int) -> Any:
+        learned.extend(texts)
+        return train_tokenizer(iter(learned), vocab_size)
+
+    monkeypatch.setattr(module, "train_tokenizer", train)
+    prepare(options_for(text, out, streameval_share=0.25))
+    lines = [piece for piece in learned if piece.startswith(HEADER)]
+    rest = [piece for piece in learned if not piece.startswith(HEADER)]
+    share = sum(map(len, lines)) / sum(len(piece.encode()) for piece in learned)
+    assert share == pytest.approx(0.25, abs=0.05)
+    assert "".join(rest) == text_of([run for run in runs_of(out, "train") if not run.startswith(HEADER)])
+
+
+def test_lines_do_not_depend_on_workers_or_interruptions(
+    text: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POOL_BYTES", 0)
+    monkeypatch.setattr(segments, "TASK_BYTES", 5000)
+    whole, pool = out.with_name("whole"), out.with_name("pool")
+    prepare(options_for(text, whole, streameval_share=0.3, workers=1))
+    prepare(options_for(text, pool, streameval_share=0.3, workers=2))
+    for num_tasks in (1, 2, 5):
+        with monkeypatch.context() as patch:
+            stop_after(patch, num_tasks)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(options_for(text, out, streameval_share=0.3, workers=1))
+    message = refused(options_for(text, out, streameval_share=0.2))
+    assert message.endswith(
+        "holds a half-finished preparation with another --streameval-share; choose another --out"
+    )
+    prepare(options_for(text, out, streameval_share=0.3, workers=1))
+    assert contents(out) == contents(whole) == contents(pool)
+
+
+def test_no_share_of_lines_is_none(text: Path, out: Path) -> None:
+    manifest = prepare(options_for(text, out, streameval_share=0.0))
+    assert prepare(options_for(text, out)) == manifest
 
 
 def test_mistakes_leave_no_folder_behind(text: Path, out: Path) -> None:

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from sinktrain.data.encoding import Ids, encoded, num_cpus
+from sinktrain.data.registers import training_documents
 from sinktrain.data.resuming import Progress, discard, finished, forget_progress, locked, resumed
 from sinktrain.data.segments import Plan, Segment, planned, tasks, training_pieces
 from sinktrain.data.shards import FORMAT_VERSION, MANIFEST_FILE, SPLITS, Manifest, ShardWriter, token_dtype
@@ -32,6 +33,7 @@ TRAINING_BYTES = 256_000_000  # text that a tokenizer learns from
 POOL_BYTES = 8_000_000  # less text is tokenised before worker processes have started
 BYTES_PER_TOKEN = 4  # a guess, for sizing work only
 SAVE_INTERVAL_S = 2.0
+LARGEST_STREAMEVAL_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class PrepareOptions:
         max_tokens: stop after the document, or MB of a long document, that brings train and val together
             to this many.
         workers: processes; None means one for each CPU. The result does not depend on it.
+        streameval_share: share of the training text, in bytes, to be lines of StreamEval's form, which are
+            mixed in; the held-out text gets none.
     """
 
     source: Source
@@ -56,6 +60,7 @@ class PrepareOptions:
     val_fraction: float | None = None
     max_tokens: int | None = None
     workers: int | None = None
+    streameval_share: float | None = None
 
 
 def prepare(options: PrepareOptions) -> Manifest:
@@ -100,6 +105,10 @@ def _check_options(options: PrepareOptions) -> None:
     for name, value in (("--max-tokens", options.max_tokens), ("--workers", options.workers)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value} must be 1 or more")
+    if not 0 <= (options.streameval_share or 0) <= LARGEST_STREAMEVAL_SHARE:
+        raise ConfigError(
+            f"--streameval-share {options.streameval_share} must lie between 0 and {LARGEST_STREAMEVAL_SHARE}"
+        )
 
 
 def _request(options: PrepareOptions, given: Tokenizer | None) -> dict[str, Any]:
@@ -122,6 +131,7 @@ def _request(options: PrepareOptions, given: Tokenizer | None) -> dict[str, Any]
         "--vocab-size": None if given else options.vocab_size or DEFAULT_VOCAB_SIZE,
         "--val-fraction": options.val_fraction,
         "--max-tokens": options.max_tokens,
+        "--streameval-share": options.streameval_share or None,
     }
 
 
@@ -154,10 +164,12 @@ def _trained(options: PrepareOptions, plan: Plan) -> Tokenizer:
     limit = TRAINING_BYTES
     if options.max_tokens:  # do not fetch far more than was asked for
         limit = min(limit, 2 * BYTES_PER_TOKEN * options.max_tokens)
-    total = min(limit, plan.text_bytes or limit)
+    total = min(limit, _total_bytes(plan, options.streameval_share) or limit)
     with progress_bar(total=total, desc="training the tokenizer", unit="B", unit_scale=True) as bar:
-        texts = _shown_up_to(limit, training_pieces(options.source, plan), bar)
-        return train_tokenizer(texts, options.vocab_size or DEFAULT_VOCAB_SIZE)
+        texts = training_pieces(options.source, plan)
+        if options.streameval_share:
+            texts = _and_lines(texts, options.streameval_share)
+        return train_tokenizer(_shown_up_to(limit, texts, bar), options.vocab_size or DEFAULT_VOCAB_SIZE)
 
 
 def _shown_up_to(limit: int, texts: Iterator[str], bar: tqdm[Any]) -> Iterator[str]:
@@ -169,6 +181,36 @@ def _shown_up_to(limit: int, texts: Iterator[str], bar: tqdm[Any]) -> Iterator[s
         bar.update(num_bytes - bar.n)
         if num_bytes >= limit:
             return
+
+
+# StreamEval's lines. Which go with a piece of text depends on its place alone, so work may begin anywhere.
+
+
+def _and_lines(pieces: Iterator[str], share: float) -> Iterator[str]:
+    """Yield what the tokenizer learns from: pieces of text, and after each the lines that go with it."""
+    for number, piece in enumerate(pieces):
+        yield piece
+        yield from training_documents(len(piece.encode()), share, key=(number,))
+
+
+def _with_lines(task: list[Segment], share: float) -> list[Segment]:
+    """Put documents of lines behind the training segments of a task, as if they stood in the text there."""
+    mixed: list[Segment] = []
+    for segment in task:
+        documents: list[str] = []
+        if segment.split == "train":
+            num_bytes = len(segment.text.encode())
+            documents = training_documents(num_bytes, share, key=(segment.document, segment.part))
+        mixed.append(replace(segment, ends_run=segment.ends_run or bool(documents)))
+        mixed += [
+            replace(segment, text=text, num_pieces=0, is_first=True, ends_run=True) for text in documents
+        ]
+    return mixed
+
+
+def _total_bytes(plan: Plan, share: float | None) -> int | None:
+    """Return about how many bytes of text and lines there are, where that is known."""
+    return plan.text_bytes and round(plan.text_bytes / (1 - (share or 0)))
 
 
 # Writing
@@ -214,15 +256,17 @@ def _write_tokens(
     saved_at, num_shards = time.monotonic(), len(progress.shards)
     first_document = progress.document
     todo = tasks(options.source, progress.plan, progress.document, progress.part)
+    if share := options.streameval_share:
+        todo = (_with_lines(task, share) for task in todo)
     workers = _num_workers(options, progress.plan)
-    with closing(encoded(todo, options.out, tokenizer, workers)) as done, _bar(progress) as bar:
+    with closing(encoded(todo, options.out, tokenizer, workers)) as done, _bar(options, progress) as bar:
         while progress.num_tokens < max_tokens and (task := next(done, None)):
             for segment, ids in zip(*task, strict=True):
                 writers[segment.split].append(ids)
                 _count(progress, segment, ids)
                 if progress.num_tokens >= max_tokens:
                     break
-            _show(bar, progress, options.max_tokens, progress.document - first_document)
+            _show(bar, options, progress, progress.document - first_document)
             progress.shards = [shard for writer in writers.values() for shard in writer.shards]
             if len(progress.shards) > num_shards or time.monotonic() - saved_at > SAVE_INTERVAL_S:
                 for writer in writers.values():
@@ -263,15 +307,15 @@ def _check_both_splits(options: PrepareOptions, progress: Progress) -> None:
 # The progress bar: bytes of text, with documents/s
 
 
-def _bar(progress: Progress) -> tqdm[Any]:
-    total, done = progress.plan.text_bytes, progress.text_bytes
+def _bar(options: PrepareOptions, progress: Progress) -> tqdm[Any]:
+    total, done = _total_bytes(progress.plan, options.streameval_share), progress.text_bytes
     return progress_bar(total=total, initial=done, desc="tokenising", unit="B", unit_scale=True)
 
 
-def _show(bar: tqdm[Any], progress: Progress, max_tokens: int | None, num_documents: int) -> None:
-    if max_tokens:
-        expected = round(max_tokens * progress.text_bytes / progress.num_tokens)
-        bar.total = min(expected, progress.plan.text_bytes or expected)
+def _show(bar: tqdm[Any], options: PrepareOptions, progress: Progress, num_documents: int) -> None:
+    if options.max_tokens:
+        expected = round(options.max_tokens * progress.text_bytes / progress.num_tokens)
+        bar.total = min(expected, _total_bytes(progress.plan, options.streameval_share) or expected)
     documents_per_s = num_documents / bar.format_dict["elapsed"]
     bar.set_postfix_str(f"{documents_per_s:,.0f} documents/s", refresh=False)
     bar.update(progress.text_bytes - bar.n)

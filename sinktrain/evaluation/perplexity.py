@@ -8,21 +8,23 @@ Axes: stream, token (of the text, sinks not counted).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sinktrain.errors import DataError
+from sinktrain.evaluation.pieces import with_sinks
+from sinktrain.evaluation.recompute import recompute_losses
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.streaming.blockwise import stream_loss
 from sinktrain.streaming.layout import Layout
 
-Policy = Literal["streaming", "dense"]
-POLICIES: tuple[Policy, ...] = ("streaming", "dense")
+Policy = Literal["streaming", "dense", "recompute"]
+POLICIES: tuple[Policy, ...] = ("streaming", "dense", "recompute")
+RECOMPUTE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -74,31 +76,52 @@ def cut_streams(tokens: NDArray[np.int64], num_streams: int, first_scored: int) 
     return tokens[: fitting * length].reshape(fitting, length)
 
 
-def settings_for(policies: tuple[Policy, ...], layouts: list[Layout], stream_len: int) -> list[Setting]:
-    """The rows of a table; ``dense`` is a stream whose window holds all its tokens, sinks included."""
+def settings_for(
+    policies: Sequence[str], layouts: list[Layout], stream_len: int, num_sinks: int = 0
+) -> list[Setting]:
+    """The rows of a model's table.
+
+    ``dense`` is a stream whose window holds all its tokens, sinks included. ``recompute`` reads the last
+    tokens anew for each token, behind the model's own sinks: one row for each N of the layouts.
+    """
     settings = [Setting("streaming", layout) for layout in layouts] if "streaming" in policies else []
     if "dense" in policies:
         settings.append(Setting("dense", Layout(0, stream_len)))
+    if "recompute" in policies:
+        sizes = dict.fromkeys(layout.num_slots for layout in layouts)
+        settings += [Setting("recompute", Layout(num_sinks, size - num_sinks)) for size in sizes]
     return settings
 
 
 def measure(
-    model: GPTNeoX, streams: NDArray[np.int64], settings: list[Setting], first_scored: int
+    model: GPTNeoX,
+    streams: NDArray[np.int64],
+    settings: Iterable[Setting],
+    first_scored: int,
+    recompute_tokens: int = RECOMPUTE_TOKENS,
 ) -> Iterator[Measured]:
     """Score the streams under each setting.
 
     Args:
         streams: int64[stream, token], without sinks.
         first_scored: index of the first text token that counts.
+        recompute_tokens: of all streams, that ``recompute`` scores: each costs a window.
     """
-    num_sinks = len(model.sink_ids)
-    sinks = torch.tensor(model.sink_ids, dtype=torch.int64).expand(len(streams), -1)
-    tokens = torch.cat((sinks, torch.from_numpy(streams)), dim=1).to(model.device)
     for setting in settings:
-        losses = stream_loss(model, tokens, setting.layout.sinks, setting.layout.window)
-        of_text = np.full(streams.shape, np.nan)
-        of_text[:, 1:] = losses[:, num_sinks:].double().cpu().numpy()
-        yield Measured(setting, of_text, first_scored, num_sinks)
+        if setting.policy == "recompute":
+            size = setting.layout.num_slots
+            losses = recompute_losses(model, streams, size, first_scored, recompute_tokens)
+        else:
+            losses = _stream_losses(model, streams, setting.layout)
+        yield Measured(setting, losses, first_scored, len(model.sink_ids))
+
+
+def _stream_losses(model: GPTNeoX, streams: NDArray[np.int64], layout: Layout) -> NDArray[np.float64]:
+    num_sinks = len(model.sink_ids)
+    losses = stream_loss(model, with_sinks(model, streams), layout.sinks, layout.window)
+    of_text = np.full(streams.shape, np.nan)
+    of_text[:, 1:] = losses[:, num_sinks:].double().cpu().numpy()
+    return of_text
 
 
 def dense_bytes(model: GPTNeoX, num_streams: int, stream_len: int) -> int:

@@ -21,6 +21,8 @@ import torch
 from tqdm import tqdm
 
 from sinktrain.errors import ConfigError, SinktrainError, did_you_mean, first_line
+from sinktrain.evaluation.latency import with_positions
+from sinktrain.evaluation.timing import check_timed
 from sinktrain.experiments.contenders import (
     MATMULS,
     OVERFILL_TOKENS,
@@ -147,10 +149,10 @@ def bench_decode(request: DecodeBench) -> dict[str, Any]:
         bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
         rows: list[BenchRow] = []
         recompute: list[RecomputeRow] = []
-        for preset, model in _models(request):
-            layouts = request.layouts or [stream_layout(model.config) if request.model else Layout(1, 1023)]
+        for preset, loaded in _models(request):
+            layouts = request.layouts or [stream_layout(loaded.config) if request.model else Layout(1, 1023)]
             sizes = [layout.num_slots for layout in layouts] + list(request.recompute_windows)
-            _allow_positions(model, max(sizes))
+            model = with_positions(loaded, max(sizes))
             for layout in layouts:
                 for batch_size in request.batch_sizes:
                     cell = Cell(preset, model, layout, batch_size)
@@ -192,25 +194,24 @@ def preset_model(name: str, device: torch.device, dtype: torch.dtype) -> GPTNeoX
     return model.eval().requires_grad_(False)
 
 
-def _models(request: DecodeBench) -> Iterator[tuple[str, GPTNeoX]]:
-    if request.model is not None:
-        yield describe(request.model).name, load_model(request.model, request.device, request.dtype)
-    for name in request.presets:
+def timed_models(
+    checkpoint: str | None, presets: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, GPTNeoX]]:
+    """The checkpoint, if there is one, and then the presets, each with its name."""
+    if checkpoint is not None:
+        yield describe(checkpoint).name, load_model(checkpoint, device, dtype)
+    for name in presets:
         with _bar(f"{name}: random weights"):
-            model = preset_model(name, request.device, request.dtype)
+            model = preset_model(name, device, dtype)
         yield name, model
 
 
-def _allow_positions(model: GPTNeoX, num_positions: int) -> None:
-    """Let a layout be longer than the training was: the text would suffer, the clock does not."""
-    network = model.config.network
-    if network.max_position_embeddings < num_positions:
-        model.config = replace(model.config, network=replace(network, max_position_embeddings=num_positions))
+def _models(request: DecodeBench) -> Iterator[tuple[str, GPTNeoX]]:
+    return timed_models(request.model, request.presets, request.device, request.dtype)
 
 
 def _check(request: DecodeBench) -> None:
-    if request.device.type not in WARM_UP_TOKENS:
-        raise ConfigError(f"--device {request.device}: only cpu and cuda are timed; use one of them")
+    check_timed(request.device)
     if not request.is_trace:
         return
     num_cells = len(request.presets or [request.model]) * max(1, len(request.layouts))

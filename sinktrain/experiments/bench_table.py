@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sinktrain.report.tables import COLUMN_GAP, Table
+from sinktrain.report.table import COLUMN_GAP, Table
 from sinktrain.streaming.layout import Layout
 
 CELL_FIELDS = ("preset", "dtype", "sinks", "window", "batch")
+REFERENCE_TOKENS = 4_000_000
+"""The table of ``bench evaluate`` says how long so many take."""
 
 
 def bench_table(result: dict[str, Any]) -> str:
@@ -23,18 +25,23 @@ def bench_table(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _machine_line(environment: dict[str, Any]) -> str:
+    """The device, and the versions of what ran on it."""
+    versions = (
+        f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment[name]
+    )
+    return ", ".join([environment["device"], *versions])
+
+
 def _environment_lines(result: dict[str, Any]) -> str:
     known = result["environment"]
-    versions = ", ".join(
-        f"{name} {known[name]}" for name in ("torch", "triton", "transformers") if known[name]
-    )
     bandwidth = result["bandwidth_bytes_per_s"]
     floor = (
         f"floor: weights and cache at {bandwidth / 1e12:.3f} TB/s, as a copy inside the device takes"
         if bandwidth
         else f"floor: the step's matrix products alone, timed in turn; threads: {known['num_threads']}"
     )
-    return f"{known['device']}, {versions}\n{floor}"
+    return f"{_machine_line(known)}\n{floor}"
 
 
 def _cell_text(rows: list[dict[str, Any]]) -> str:
@@ -88,7 +95,72 @@ def _recompute_text(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*_aligned(Table(header, cells)), *notes])
 
 
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate_table(result: dict[str, Any]) -> str:
+    """What ``sinktrain bench evaluate`` prints: a table for each model, and notes below it."""
+    size, rate = result["matmul_size"], result["matmul_flops_per_s"]
+    product = f"as a product of {size} x {size} matrices takes"
+    parts = [
+        f"{_machine_line(result['environment'])}\n"
+        f"floor: the operations needed at {rate / 1e12:,.3f} TFLOP/s, {product}"
+    ]
+    for name in dict.fromkeys((row["preset"], row["dtype"]) for row in result["rows"]):
+        rows, tables = (
+            [row for row in result[kind] if (row["preset"], row["dtype"]) == name]
+            for kind in ("rows", "tables")
+        )
+        parts.append("\n".join([", ".join(name), *_scoring_lines(rows, tables)]))
+    return "\n\n".join(parts)
+
+
+def _scoring_lines(rows: list[dict[str, Any]], tables: list[dict[str, Any]]) -> Iterator[str]:
+    header = ["", "tokens/s", "floor", "% of it", "x stepping", "x one stream", "memory MB", "at 1/4 length"]
+    cells = [
+        [
+            str(Layout(row["sinks"], row["window"])),
+            _number(row["tokens_per_s"], 0),
+            _number(row["floor_tokens_per_s"], 0),
+            _number(row["share_of_floor"], 1, 0.01),
+            _number(row["ratio_to_step"], 1),
+            _number(row["ratio_to_single_step"], 1),
+            _number(row["peak_mem_bytes"], 1, 1e6),
+            _number(row["quarter_peak_mem_bytes"], 1, 1e6),
+        ]
+        for row in rows
+    ]
+    yield from _aligned(Table(header, cells))
+    for row in rows:
+        yield f"  {Layout(row['sinks'], row['window'])}: {'; '.join(_scoring_facts(row))}"
+    for table in tables:
+        yield f"  {', '.join(table['layouts'])}: {_sweep_words(table)}"
+
+
+def _scoring_facts(row: dict[str, Any]) -> Iterator[str]:
+    yield f"{row['batch']} stream{'s' if row['batch'] > 1 else ''} of {row['stream_len']:,} tokens"
+    if row["step_tokens_per_s"] is not None:
+        yield f"stepping {row['step_tokens_per_s']:,.0f} tokens/s"
+    if row["single_step_tokens_per_s"] is not None:
+        yield f"one stream {row['single_step_tokens_per_s']:,.0f}"
+    if row["max_loss_diff"] is not None:
+        yield f"blocks and {row['num_checked']:,} steps differ by {row['max_loss_diff']:.1e} nats at most"
+    if row["note"]:
+        yield row["note"]
+
+
+def _sweep_words(table: dict[str, Any]) -> str:
+    if table["tokens_per_s"] is None:
+        return str(table["note"])
+    reference_s = REFERENCE_TOKENS / table["tokens_per_s"]
+    return (
+        f"{table['tokens_per_s']:,.0f} tokens/s through all of them, "
+        f"{REFERENCE_TOKENS:,} tokens in {reference_s:,.1f} s"
+    )
+
+
 def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    """Nothing for None."""
     return "" if value is None else f"{value / unit:,.{digits}f}"
 
 

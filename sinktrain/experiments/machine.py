@@ -1,52 +1,43 @@
-"""The machine that a benchmark runs on: its clock, its memory, its bandwidth, its name."""
+"""The machine that a benchmark runs on: what its memory and its matrix units can do, and its name.
+
+Its clock and its memory are ``sinktrain.evaluation.timing``'s, handed on here.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import platform
-import resource
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sinktrain import __version__
+from sinktrain.evaluation.timing import (
+    device_name,
+    held_bytes,
+    peak_bytes,
+    release_memory,
+    reset_peak,
+    times_ms,
+)
 from sinktrain.progress import progress_bar
 
+__all__ = [
+    "copy_bandwidth",
+    "environment",
+    "held_bytes",
+    "matmul_flops",
+    "peak_bytes",
+    "release_memory",
+    "reset_peak",
+    "times_ms",
+]
+
 COPY_BYTES, NUM_COPIES = 2**30, 20
-
-
-def times_ms(
-    act: Callable[[], object], num_times: int, device: torch.device, after_each: Callable[[], object]
-) -> list[float]:
-    """Milliseconds of each call. On CUDA the host runs ahead: it waits for the device at the end alone."""
-    if device.type != "cuda":
-        times = []
-        for _ in range(num_times):
-            started_at = time.perf_counter()
-            act()
-            times.append((time.perf_counter() - started_at) * 1e3)
-            after_each()
-        return times
-
-    new_event: Callable[[], torch.cuda.Event] = partial(torch.cuda.Event, enable_timing=True)
-    events = [new_event() for _ in range(num_times + 1)]
-    events[0].record()
-    for event in events[1:]:
-        act()
-        event.record()
-        after_each()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in pairwise(events)]
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+NUM_MATMULS = {"cpu": 5, "cuda": 20}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -59,51 +50,26 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * COPY_BYTES / statistics.median(times) * 1e3
 
 
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # where it cannot be reset it counts from the process's start
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory held since ``reset_peak``: allocated on CUDA, the whole process's resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _resident_bytes("VmHWM")
-
-
-def held_bytes(device: torch.device) -> int:
-    """Memory held now, counted as ``peak_bytes`` does."""
-    return torch.cuda.memory_allocated() if device.type == "cuda" else _resident_bytes("VmRSS")
-
-
-def _resident_bytes(field_name: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field_name}:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two square matrices of ``MATMUL_SIZE`` rows, random numbers in them."""
+    size, num_matmuls = MATMUL_SIZE[device.type], NUM_MATMULS[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    with progress_bar(desc="matrix product", total=num_matmuls) as bar:
+        torch.mm(a, b, out=product)
+        times = times_ms(lambda: torch.mm(a, b, out=product), num_matmuls, device, bar.update)
+    return 2 * size**3 / statistics.median(times) * 1e3
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what it was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "sinktrain": __version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "python": platform.python_version(),
-        "device": f"{device.type} ({name})",
+        "device": device_name(device),
         "num_threads": torch.get_num_threads(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -114,11 +80,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()

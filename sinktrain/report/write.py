@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sinktrain.errors import ConfigError
 from sinktrain.files import write_json, write_text
-from sinktrain.report.findings import Results
+from sinktrain.report.markdown import results_markdown
 from sinktrain.report.page import report_page
-from sinktrain.report.tables import results_markdown
+from sinktrain.report.wording import Results
 
 
 def check_report_folder(out: Path) -> None:

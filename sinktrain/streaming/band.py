@@ -168,7 +168,7 @@ class PlainBand:
         return mask if mask.shape[1] == 1 else mask.repeat(1, self.num_heads, 1, 1)
 
     def _block_size(self, batch_size: int) -> int:
-        """Tokens of a row fed at once: whole folds, as many as are fit the memory for scores."""
+        """Tokens of a row fed at once: whole folds, as many as the memory for their scores allows."""
         window = self.layout.window
         per_query = batch_size * self.num_heads * (self.layout.num_slots + min(window, BLOCK_TOKENS))
         tokens = max(1, min(BLOCK_TOKENS // batch_size, MAX_SCORES // per_query))

@@ -231,7 +231,7 @@ class StreamingDecoder:
         """``state_dict`` without copying the cache."""
         return {
             "layout": torch.tensor([self.layout.sinks, self.layout.window, self.max_rewind]),
-            "model": _fingerprint(self.model),
+            "model": fingerprint(self.model),
             "rewindable": torch.tensor(self._rewindable),
             **{name: getattr(self._cache, name) for name in CACHE_STATE},
         }
@@ -367,7 +367,7 @@ def _described(state: Mapping[str, Tensor]) -> str:
     return f"layout {layout[0]}+{layout[1]} with batch_size {streams} and max_rewind {layout[2]}"
 
 
-def _fingerprint(model: GPTNeoX) -> Tensor:
+def fingerprint(model: GPTNeoX) -> Tensor:
     """What tells a model from others, in the same dtype: uint8[32], of its config and some weights."""
     weights = [parameter.detach().flatten() for parameter in model.parameters()]
     some = torch.cat([weight[:: max(1, len(weight) // 4096)] for weight in weights])

@@ -172,7 +172,7 @@ class Metrics(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.table.forget_after(trainer.global_step)
+            self.table.forget_after(trainer.global_step or -1)  # from the start: not even step 0 counts
         self._start_interval(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -187,7 +187,11 @@ class Metrics(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self._log(trainer, {"val/loss": float(trainer.callback_metrics["val/loss"])})
+        self.log_apart(trainer, {"val/loss": float(trainer.callback_metrics["val/loss"])})
+
+    def log_apart(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+        """Log what was measured between two steps, and leave the time that it took out of the speed."""
+        self._log(trainer, metrics)
         self._start_interval(trainer)
 
     def _training_metrics(self, trainer: pl.Trainer, module: Pretraining) -> dict[str, float]:

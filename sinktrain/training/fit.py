@@ -17,11 +17,14 @@ from sinktrain.model.checkpoints import checkpoint_facts, empty_model
 from sinktrain.training.callbacks import Stopped
 from sinktrain.training.module import arm_name
 from sinktrain.training.run import differences
-from sinktrain.training.settings import TrainingCLI
+from sinktrain.training.settings import MoreCallbacks, TrainingCLI
 
 
-def fit(args: list[str]) -> None:
+def fit(args: list[str], measures: MoreCallbacks | None = None) -> None:
     """Train, or continue, the run that the command line describes.
+
+    Args:
+        measures: gives further callbacks, such as ``sinktrain.experiments.emergence.streaming_gaps``.
 
     Raises:
         SinktrainError: a setting, config, run folder, checkpoint or corpus that cannot be used.
@@ -31,7 +34,7 @@ def fit(args: list[str]) -> None:
     run = cli.run
     identity = cli.identity()
     checkpoint = _checkpoint_to_resume(cli, identity)
-    trainer = cli.make_trainer(is_training=True)
+    trainer = cli.make_trainer(is_training=True, measures=measures)
     _check_together(cli, trainer)
     if checkpoint == run.last and run.is_finished(trainer.max_steps):
         _say(f"{run.path}: finished already; a larger --trainer.max_steps continues it")

@@ -25,35 +25,39 @@ COLUMNS = (
 
 
 class MetricsTable:
-    """One row for each time that something was measured; a cell is empty where it was not."""
+    """One row for each time that something was measured; a cell is empty where it was not.
+
+    A name that has no column yet gets one, behind the others.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._columns = self._read()[0] or list(COLUMNS)
 
     def append(self, step: int, metrics: dict[str, float]) -> None:
-        is_new = not self.path.exists()
+        new = [name for name in metrics if name not in self._columns]
+        if new or not self.path.exists():
+            self._columns += new
+            self._write(self.rows())
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerow({"step": step, **metrics})
+            csv.DictWriter(file, self._columns).writerow({"step": step, **metrics})
 
     def rows(self) -> list[dict[str, str]]:
         """The whole rows; one that a killed process left half written does not count."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        return list(csv.DictReader(whole.splitlines()))
+        return self._read()[1]
 
     def forget_after(self, step: int) -> None:
         """Drop what was measured after the checkpoint that a run continues from."""
-        kept = [row for row in self.rows() if int(row["step"]) <= step]
         if self.path.exists():
-            with (
-                atomic_path(self.path) as temporary,
-                temporary.open("w", newline="", encoding="utf-8") as file,
-            ):
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(kept)
+            self._write([row for row in self.rows() if int(row["step"]) <= step])
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+        return list(reader.fieldnames or ()), list(reader)
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)

@@ -7,6 +7,7 @@ import re
 import uuid
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,6 +49,31 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Settings of Lightning's that would not do here: which values, and what does."""
 
 
+@dataclass(frozen=True)
+class StreamingSettings:
+    """How streaming is measured while a model trains, to see when a sink emerges.
+
+    Args:
+        every_n_steps: optimizer steps between measurements, besides one before the first step and one
+            after the last; never when null or 0.
+        max_tokens: held-out tokens scored each time; 8192 when null, or four times the largest layout
+            where that is more.
+        layouts: ``sinks+window``, separated by commas; when null 0+N, 1+(N-1), 4+(N-4) and the model's
+            own sinks, N half of ``data.seq_len``.
+    """
+
+    every_n_steps: int | None = 1000
+    max_tokens: int | None = None
+    layouts: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.every_n_steps or 0) < 0 or (self.max_tokens is not None and self.max_tokens < 1):
+            raise ConfigError(
+                f"streaming.every_n_steps {self.every_n_steps} must be 0 (never) or more, "
+                f"and streaming.max_tokens {self.max_tokens} 1 or more"
+            )
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI without subcommands (each costs seconds to build) and without what it decides for us.
 
@@ -86,6 +112,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--resume", default="auto", help="auto, none or a checkpoint's path")
         parser.add_argument("--ckpt_path", type=optional, default=None, help="what validate scores")
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
+        parser.add_class_arguments(StreamingSettings, "streaming")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
 
@@ -109,8 +136,11 @@ class TrainingCLI(LightningCLI):
         """Made by ``make_trainer`` once the run folder is known."""
         return None
 
-    def make_trainer(self, is_training: bool) -> pl.Trainer:
+    def make_trainer(self, is_training: bool, measures: MoreCallbacks | None = None) -> pl.Trainer:
         """The Trainer of the run, or one that only validates and leaves the run folder alone.
+
+        Args:
+            measures: gives further callbacks of the run.
 
         Raises:
             ConfigError: a setting of the Trainer's that cannot be used.
@@ -120,7 +150,7 @@ class TrainingCLI(LightningCLI):
             if is_bad(settings.get(name)):
                 raise ConfigError(f"trainer.{name} {settings[name]} is not supported; use {remedy}")
         if is_training:
-            settings["callbacks"] = [*(settings["callbacks"] or []), *self._callbacks()]
+            settings["callbacks"] = [*(settings["callbacks"] or []), *self._callbacks(measures)]
             settings["default_root_dir"] = self.run.path
         else:
             settings |= {"enable_progress_bar": False, "logger": False}
@@ -130,10 +160,11 @@ class TrainingCLI(LightningCLI):
         except (MisconfigurationException, RuntimeError, ValueError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
-    def _callbacks(self) -> list[pl.Callback]:
+    def _callbacks(self, measures: MoreCallbacks | None) -> list[pl.Callback]:
         metrics = Metrics(MetricsTable(self.run.path / "metrics.csv"))
         checkpoints = Checkpoints(self.run.checkpoints, self.config_init.checkpoint)
-        callbacks = [metrics, checkpoints, StopOnSignal(checkpoints)]
+        more = measures(self, metrics) if measures else []  # ahead of the checkpoint of the same step
+        callbacks = [metrics, *more, checkpoints, StopOnSignal(checkpoints)]
         has_bar = self.config_init.trainer.enable_progress_bar is not False
         return [*callbacks, ProgressBar(metrics)] if has_bar else callbacks
 
@@ -151,6 +182,10 @@ class TrainingCLI(LightningCLI):
         """Every setting, as the YAML that makes the same run again."""
         text: str = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
         return text
+
+
+MoreCallbacks = Callable[[TrainingCLI, Metrics], list[pl.Callback]]
+"""What a run does besides, made of its settings: handed in by whoever may import what it needs."""
 
 
 def _cluster_plugins() -> list[SLURMEnvironment]:

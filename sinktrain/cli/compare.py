@@ -1,0 +1,257 @@
+"""``sinktrain evaluate`` and ``compare``: measure models under streaming, and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sinktrain.cli.parsing import (
+    Parser,
+    add_device_options,
+    add_source_options,
+    chosen_device,
+    chosen_dtype,
+    make_parser,
+    number_from,
+    number_of_tokens,
+    text_source,
+)
+from sinktrain.errors import ConfigError, did_you_mean
+
+DEFAULT_TASKS = "telemetry,removal,latency,streameval,access"
+
+MEASURED = """\
+Losses are counted for each token by each --policies, over the same tokens in every row: `streaming` keeps
+S sinks and the W newest tokens (0+W is the paper's window attention), `dense` keeps everything, and
+`recompute` reads the last tokens anew for each one, the paper's slow baseline. A difference is paired
+token by token and has a 95% interval. --tasks add what losses don't show:
+
+  telemetry   attention on the sink and the first tokens, norms and outliers, and the same untrained
+  removal     what is lost without the first token, and with the kept tokens exchanged for line breaks
+  latency     ms a token and memory, by policy, layout and length of the stream
+  streameval  numbers told in the stream and asked for lines later, in the paper's form
+  access      facts asked for from inside the window and beyond it, beside the score of guessing
+
+All lands in --out: results.json (every number), results.md (for a pull request), report.html (one page
+with plots, works offline). What a model gave is kept there, so the same command, cut off, continues."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    parser = _comparison_parser(
+        "evaluate",
+        "sinktrain evaluate MODEL --text TEXT --out DIR [options]",
+        "Measure one model under streaming: its losses by layout, with intervals, and its sink.",
+        "sinktrain evaluate runs/quickstart/sink --text shards --out runs/evaluate\n"
+        "  sinktrain evaluate EleutherAI/pythia-160m --text book.txt --text code.jsonl --out runs/pythia \\\n"
+        "      --layouts 512,1024 --policies streaming,dense,recompute\n"
+        "  sinktrain evaluate runs/sink --text shards --tasks none --verify 512 --out runs/check",
+    )
+    parser.add_argument("models", nargs=1, metavar="MODEL")
+    options = parser.parse_args(arguments)
+    _check_given(parser, options)
+    return _finish("evaluate", _measured("evaluate", options, arguments), options)
+
+
+def compare(arguments: list[str]) -> int:
+    parser = _comparison_parser(
+        "compare",
+        "sinktrain compare MODEL MODEL … --text TEXT --out DIR [options]\n"
+        "       sinktrain compare --from-results FILE --out DIR",
+        "Measure models side by side on the same text.",
+        "sinktrain compare runs/vanilla runs/sink --text shards --out runs/compare\n"
+        "  sinktrain compare runs/vanilla runs/sink --text shards --text book.txt --out runs/compare \\\n"
+        "      --layouts 256,512,1+1023 --policies streaming,dense,recompute --max-tokens 4_000_000\n"
+        "  sinktrain compare --from-results runs/compare/results.json --out again --wandb sinks",
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument(
+        "--from-results",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: write the report of this results.json again",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.from_results is None:
+        _check_given(parser, options)
+        return _finish("compare", _measured("compare", options, arguments), options)
+    _check_only_rendering(parser, options)
+    from sinktrain.report.reading import read_results
+    from sinktrain.report.write import check_report_folder
+
+    check_report_folder(options.out)
+    _show(read_results(options.from_results), options)
+    return 0
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def _comparison_parser(command: str, usage: str, description: str, example: str) -> Parser:
+    parser = make_parser(command, f"{description}\n\n{MEASURED}", example)
+    parser.usage = usage
+    parser.add_argument(
+        "--text",
+        action="append",
+        metavar="TEXT",
+        help="text to score, of shards the held-out split; may be given several times",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for results.json, results.md, report.html"
+    )
+    parser.add_argument(
+        "--layouts",
+        metavar="S+W,…",
+        help="sinks + window; a bare N stands for the paper's row, 0+N,1+(N-1),2+(N-2),4+(N-4) "
+        "(default: that of half the shortest trained length)",
+    )
+    parser.add_argument(
+        "--policies",
+        default="streaming,dense",
+        metavar="P,…",
+        help="streaming, dense, recompute (default: streaming,dense)",
+    )
+    parser.add_argument(
+        "--tasks",
+        default=DEFAULT_TASKS,
+        metavar="T,…",
+        help="telemetry, removal, latency, streameval, access, or none (default: all)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=number_of_tokens,
+        default=65_536,
+        metavar="N",
+        help="of each text, or inf (default: 65536)",
+    )
+    parser.add_argument(
+        "--streams",
+        type=number_from(1, of="streams"),
+        default=8,
+        metavar="N",
+        help="parallel streams (default: 8)",
+    )
+    parser.add_argument(
+        "--recompute-tokens",
+        type=number_from(1, of="tokens"),
+        default=4096,
+        metavar="N",
+        help="how many tokens the policy recompute scores (default: 4096)",
+    )
+    parser.add_argument(
+        "--verify",
+        type=number_from(0, of="tokens"),
+        default=0,
+        metavar="N",
+        help="step the decoder over N tokens too and report the largest difference of logits (default: 0)",
+    )
+    parser.add_argument(
+        "--wandb", metavar="PROJECT", help="log the tables and plots to a new run of this wandb project"
+    )
+    add_source_options(parser)
+    add_device_options(parser, default_dtype=None)
+    return parser
+
+
+def _check_given(parser: Parser, options: argparse.Namespace) -> None:
+    given = {"MODEL": options.models, "--text": options.text}
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+
+def _check_only_rendering(parser: Parser, options: argparse.Namespace) -> None:
+    used = {"from_results", "out", "wandb", "json"}
+    extra = [
+        "MODEL" if name == "models" else f"--{name.replace('_', '-')}"
+        for name, value in vars(options).items()
+        if name not in used and value != parser.get_default(name) and value != []
+    ]
+    if extra:
+        raise ConfigError(f"--from-results measures nothing, so leave out {', '.join(extra)}")
+
+
+def _names(option: str, typed: str, known: Sequence[str], nothing: str | None = None) -> tuple[str, ...]:
+    """``a,b`` as names, each once; ``nothing`` is the word for none of them."""
+    names = tuple(dict.fromkeys(typed.split(",")))
+    if nothing in names:
+        if len(names) > 1:
+            raise ConfigError(f"{option} {typed}: {nothing} stands alone; leave it or the others out")
+        return ()
+    words = [*known] if nothing is None else [*known, nothing]
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, words)
+            raise ConfigError(f'{option} "{name}" is not one of {", ".join(words)}{hint}')
+    return names
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    from sinktrain.evaluation import compare as comparing
+    from sinktrain.evaluation.perplexity import POLICIES
+    from sinktrain.report.write import check_report_folder
+    from sinktrain.streaming.layout import parse_layouts
+
+    policies = _names("--policies", options.policies, POLICIES)
+    tasks = _names("--tasks", options.tasks, comparing.TASKS, nothing="none")
+    layouts = parse_layouts(options.layouts) if options.layouts else []
+    if not _is_cut_off(options.out):
+        check_report_folder(options.out)
+    device = chosen_device(options.device)
+    return comparing.compare(
+        comparing.Comparison(
+            models=options.models,
+            texts=[text_source(text, options) for text in options.text],
+            layouts=layouts,
+            policies=policies,
+            tasks=tasks,
+            max_tokens=options.max_tokens,
+            num_streams=options.streams,
+            recompute_tokens=options.recompute_tokens,
+            verify_tokens=options.verify,
+            device=device,
+            dtype=chosen_dtype(options.dtype, device),
+            out=options.out,
+            command=shlex.join(["sinktrain", command, *arguments]),
+        )
+    )
+
+
+def _is_cut_off(out: Path) -> bool:
+    """Whether a folder holds nothing but measurements: the same command goes on in it."""
+    return out.is_dir() and [path.name for path in out.iterdir()] == ["measured"]
+
+
+def _finish(command: str, results: dict[str, Any], options: argparse.Namespace) -> int:
+    """Show what was measured, then name the models that failed."""
+    _show(results, options)
+    for row in results["failed"]:
+        error = " ".join(row["error"].split())
+        print(
+            f"sinktrain {command}: {row['model']} failed: {error}; the others' results are kept, "
+            "the same command tries it again",
+            file=sys.stderr,
+        )
+    return 2 if results["failed"] else 0
+
+
+def _show(results: dict[str, Any], options: argparse.Namespace) -> None:
+    from sinktrain.report.terminal import terminal_table
+    from sinktrain.report.write import write_report
+
+    write_report(results, options.out)
+    width = shutil.get_terminal_size().columns
+    print(json.dumps(results) if options.json else terminal_table(results, width))
+    print(f"report: {options.out / 'report.html'}", file=sys.stderr)
+    if options.wandb is not None:
+        from sinktrain.report.wandb_log import log_report
+
+        log_report(results, options.out, options.wandb)

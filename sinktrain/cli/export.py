@@ -1,0 +1,34 @@
+"""``sinktrain export``: a model as a Hugging Face folder, its logits checked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from sinktrain.cli.parsing import make_parser
+
+
+def export(arguments: list[str]) -> int:
+    parser = make_parser(
+        "export",
+        "Write a Hugging Face folder that plain transformers loads; its logits are checked first.",
+        "sinktrain export runs/quickstart/sink --out sink-model",
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    options = parser.parse_args(arguments)
+    from sinktrain.publishing.export import export as write_folder
+
+    exported = write_folder(options.model, options.out)
+    if options.json:
+        print(json.dumps(asdict(exported), default=str))
+        return 0
+    print(
+        f"{exported.folder}: loads with plain transformers; "
+        f"its logits differ by {exported.max_logit_diff:.1e} at most"
+    )
+    if not exported.has_tokenizer:
+        print(f"{options.model} has no tokenizer, so there is none in the folder", file=sys.stderr)
+    return 0

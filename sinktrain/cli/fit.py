@@ -1,0 +1,70 @@
+"""``sinktrain fit`` and ``validate``: LightningCLI, with a help that fits on a page."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+FIT_HELP = """\
+usage: sinktrain fit --config FILE_OR_NAME [--config OVERLAY …] [--run DIR] [options]
+
+Train a model on prepared shards. Cut off, the same command continues where it was.
+
+  --config NAME       quickstart, pythia-14m, -31m, -70m, -160m, -410m, -1b, -1.4b, or a YAML file;
+                      then overlays: sink, ddp, wandb, tensorboard. Later ones win.
+  --run DIR           run folder (default: runs/ and the names of the configs)
+  --resume WHAT       auto (default), none, or a checkpoint's path
+  --data.path SHARDS  made by sinktrain prepare
+  --data.global_batch N, --data.micro_batch N      samples of a step, and computed at once
+  --trainer.max_steps N, --trainer.devices N       as Lightning has them
+  --model.sink.kind token, --model.init_from MODEL, --model.learning_rate X, …
+  --checkpoint.every_n_steps N, --seed_everything N
+  --streaming.every_n_steps N                      streaming gaps and sinks as they emerge (0: not)
+  --print_config      every setting, with its value, as YAML
+  --help-all          every setting, with its meaning (takes some seconds)
+
+example:
+  sinktrain fit --config pythia-160m --config sink --config ddp --data.path shards
+"""
+
+VALIDATE_HELP = """\
+usage: sinktrain validate --config FILE [--ckpt_path PATH] [options of fit] [--json]
+
+Held-out loss of a checkpoint, on the targets that all arms share.
+
+example:
+  sinktrain validate --config runs/quickstart/sink/config.yaml \\
+      --ckpt_path runs/quickstart/sink/checkpoints/last.ckpt
+"""
+
+
+def fit(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(FIT_HELP)
+        return 0
+    from sinktrain.experiments.emergence import streaming_gaps
+    from sinktrain.training.callbacks import Stopped
+    from sinktrain.training.fit import fit as train
+
+    try:
+        train(_full_help(arguments), streaming_gaps)
+    except Stopped as stopped:
+        print(f"sinktrain fit: {stopped} and saved; the same command continues", file=sys.stderr)
+        return 128 + stopped.signum
+    return 0
+
+
+def validate(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(VALIDATE_HELP)
+        return 0
+    from sinktrain.training.fit import validate as held_out_loss
+
+    as_json = "--json" in arguments
+    result = held_out_loss(_full_help([argument for argument in arguments if argument != "--json"]))
+    print(json.dumps(result) if as_json else f"held-out loss {result['val/loss']:.4f} nats")
+    return 0
+
+
+def _full_help(arguments: list[str]) -> list[str]:
+    return ["--help" if argument == "--help-all" else argument for argument in arguments]

@@ -1,0 +1,138 @@
+"""Differences over training seeds: between arms, and between the layouts of one arm."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sinktrain.evaluation.statistics import Difference, t_difference, welch_difference
+
+Row = dict[str, Any]
+Key = tuple[Any, ...]
+
+SAME_IN_AN_ARM = ("sink", "parameters", "trained_length", "tokenizer", "tokens_seen")
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """An arm's rows of ``perplexity[]`` by seed, in the order of seeds; under each, by text and setting."""
+
+    name: str
+    needed_sinks: int
+    tokenizer: str | None
+    by_seed: dict[int, dict[Key, Row]]
+
+    @property
+    def shared_rows(self) -> dict[Key, Row]:
+        """Of the first seed, the rows that every seed has."""
+        first, *others = self.by_seed.values()
+        return {key: row for key, row in first.items() if all(key in other for other in others)}
+
+    def losses(self, key: Key) -> list[float]:
+        """One per seed, nats."""
+        return [float(rows[key]["loss_nats"]) for rows in self.by_seed.values()]
+
+
+def seed_rows(models: Sequence[Row], perplexity: Sequence[Row]) -> list[Row]:
+    """The rows of ``paired[]`` whose intervals are over seeds; ``a`` and ``b`` are arms.
+
+    Later arms against earlier ones, and each arm's layouts against the one of the same N that keeps as many
+    slots as it has sinks, or one. Where two arms have the same seeds they are paired by seed, which shares
+    the order of the data and the initial weights, and ``deltas`` holds the seeds' differences in the order
+    of the seeds. Otherwise the test is Welch's, ``deltas`` is empty, and ``num_seeds`` counts the seeds of
+    the arm that has fewer.
+
+    Left out are models without an arm or a seed, arms of one seed, and arms whose models differ in more
+    than their seed or have a seed twice (several checkpoints of a run, say): they spread for other reasons.
+
+    Args:
+        models: ``models[]`` of results.json.
+        perplexity: ``perplexity[]``.
+    """
+    arms = _arms(models, perplexity)
+    return [*_between_arms(arms), *_between_layouts(arms)]
+
+
+def _arms(models: Sequence[Row], perplexity: Sequence[Row]) -> list[_Arm]:
+    members: dict[str, list[Row]] = {}
+    for model in models:
+        if model["arm"] is not None and model["seed"] is not None:
+            members.setdefault(model["arm"], []).append(model)
+    return [_arm(name, some, perplexity) for name, some in members.items() if _differ_in_seed_alone(some)]
+
+
+def _differ_in_seed_alone(models: Sequence[Row]) -> bool:
+    num_seeds = len({model["seed"] for model in models})
+    first = models[0]
+    alike = all(model[fact] == first[fact] for model in models for fact in SAME_IN_AN_ARM)
+    return alike and len(models) == num_seeds >= 2
+
+
+def _arm(name: str, models: Sequence[Row], perplexity: Sequence[Row]) -> _Arm:
+    by_seed = {
+        model["seed"]: {_key(row): row for row in perplexity if row["model"] == model["name"]}
+        for model in sorted(models, key=lambda model: int(model["seed"]))
+    }
+    return _Arm(name, max(1, models[0]["sink"]["count"]), models[0]["tokenizer"], by_seed)
+
+
+def _key(row: Row) -> Key:
+    """What tells rows of a model apart, alike for models whose streams or windows hold other sinks."""
+    if row["policy"] == "dense":
+        return row["text"], row["policy"]
+    if row["policy"] == "recompute":
+        return row["text"], row["policy"], row["sinks"] + row["window"]
+    return row["text"], row["policy"], row["sinks"], row["window"]
+
+
+def _between_arms(arms: list[_Arm]) -> Iterator[Row]:
+    for b, a in itertools.combinations(arms, 2):
+        if a.tokenizer != b.tokenizer:
+            continue
+        for key, row in a.shared_rows.items():
+            if key not in b.shared_rows:
+                continue
+            if a.by_seed.keys() == b.by_seed.keys():
+                yield _by_seed(a, key, b, key)
+            else:
+                num_seeds = min(len(a.by_seed), len(b.by_seed))
+                yield _row(a, b, row, welch_difference(a.losses(key), b.losses(key)), num_seeds, [])
+
+
+def _between_layouts(arms: list[_Arm]) -> Iterator[Row]:
+    for arm in arms:
+        for key, row in arm.shared_rows.items():
+            num_slots = row["sinks"] + row["window"]
+            reference = row | {"sinks": arm.needed_sinks, "window": num_slots - arm.needed_sinks}
+            if row["policy"] != "streaming" or row == reference or _key(reference) not in arm.shared_rows:
+                continue
+            yield _by_seed(arm, key, arm, _key(reference)) | {
+                "a_sinks": row["sinks"],
+                "a_window": row["window"],
+                "b_sinks": reference["sinks"],
+                "b_window": reference["window"],
+            }
+
+
+def _by_seed(a: _Arm, a_key: Key, b: _Arm, b_key: Key) -> Row:
+    deltas = [x - y for x, y in zip(a.losses(a_key), b.losses(b_key), strict=True)]
+    return _row(a, b, a.shared_rows[a_key], t_difference(deltas), len(deltas), deltas)
+
+
+def _row(a: _Arm, b: _Arm, setting: Row, difference: Difference, num_seeds: int, deltas: list[float]) -> Row:
+    return {
+        "a": a.name,
+        "b": b.name,
+        "text": setting["text"],
+        "policy": setting["policy"],
+        "sinks": setting["sinks"],
+        "window": setting["window"],
+        "delta_nats": difference.delta_nats,
+        "ci95": [difference.low, difference.high],
+        "p": difference.p,
+        "interval": "seeds",
+        "num_seeds": num_seeds,
+        "deltas": deltas,
+    }

@@ -1,0 +1,131 @@
+"""``results.md``: the verdict, the tables, what was measured and how to read it, for a pull request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sinktrain.report import findings
+from sinktrain.report.contests import main_pairs, own_rows
+from sinktrain.report.loss_tables import (
+    bits_table,
+    difference_table,
+    measurement_table,
+    pair_table,
+    perplexity_table,
+    removal_table,
+)
+from sinktrain.report.paper import CITATION, paper_table
+from sinktrain.report.probe_tables import (
+    latency_table,
+    norms_table,
+    sink_table,
+    streameval_table,
+    verified_table,
+)
+from sinktrain.report.setting_tables import environment_table, model_table
+from sinktrain.report.table import Table
+from sinktrain.report.wording import Results, printable
+
+MOST_ROWS = 50
+"""Of one table: a pull request takes 65,536 characters."""
+
+
+def results_markdown(results: Results) -> str:
+    """The report as Markdown; what is long is folded away."""
+    parts = ["# Streaming comparison", *map(_escaped, findings.verdict_sentences(results))]
+    if results["failed"]:
+        parts += ["## Not measured", _bullets(findings.failures(results))]
+    for text in findings.texts(results):
+        parts += _text_parts(results, text)
+    parts += [_folded("The paper's own figures", f"{_escaped(CITATION)}.", _table(paper_table()))]
+    parts += _probe_parts(results)
+    parts += ["## How to read it", " ".join(findings.READING)]
+    if findings.limits(results):
+        parts += ["## Limits", _bullets(findings.limits(results))]
+    parts += ["## Models", _table(model_table(results))]
+    if results["environment"]:
+        parts += [_folded("Environment", _table(environment_table(results)))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _text_parts(results: Results, text: str) -> list[str]:
+    scored = [row for row in results["perplexity"] if row["text"] == text]
+    parts = [
+        f"## Perplexity on {_escaped(text)}",
+        f"{findings.tokens_scored(scored)}; in brackets the 95% interval of the loss in nats, over text.",
+        _table(perplexity_table(results, text)),
+    ]
+    if not findings.has_one_tokenizer(results):
+        words = "Bits per byte, as the models' tokenizers differ and their perplexities can't be compared:"
+        parts += [words, _table(bits_table(results, text))]
+    main, every = pair_table(main_pairs(results, text)), difference_table(results, text)
+    if every.rows:
+        parts += [
+            "### Differences in loss",
+            "Token by token on the same text; below zero, the first is better.",
+            _table(main),
+        ]
+        if len(main.rows) < len(every.rows) <= MOST_ROWS:
+            parts.append(_folded(f"All {len(every.rows)} differences", _table(every)))
+    removals = removal_table(results, text)
+    if removals.rows:
+        words = "What the loss gains when first tokens are taken away, or made line breaks where they stand."
+        parts += ["### Without the first tokens", words, _table(removals)]
+    return [*parts, _folded("All measurements", _table(measurement_table(results, text)))]
+
+
+def _probe_parts(results: Results) -> list[str]:
+    parts = []
+    if sink_table(results).rows:
+        bounds = ", ".join(f"{eps:g}" for eps in sorted({row["eps"] for row in results["sink_metric"]}))
+        words = (
+            "Sink metric: the share of heads that give a position more than "
+            f"{bounds} of their attention, on average over the rows that see it. Untrained: the same network "
+            "freshly initialised."
+        )
+        parts += ["## Sinks inside the models", words, _table(sink_table(results))]
+    if norms_table(results).rows:
+        words = "Untrained values in brackets; layer 0 is the embedding."
+        parts += [_folded("Norms and outliers by layer", words, _table(norms_table(results)))]
+    main, every = (
+        streameval_table({**results, "streameval": rows})
+        for rows in (own_rows(results, results["streameval"]), results["streameval"])
+    )
+    if every.rows:
+        words = "Accuracy by the lines between an answer and its question, with 95% intervals."
+        parts += ["## Answers from the stream", words, _table(main)]
+        if len(main.rows) < len(every.rows) <= MOST_ROWS:
+            parts.append(_folded("Answers under all layouts", _table(every)))
+    if latency_table(results).rows:
+        words = "Milliseconds a token, median and 95th percentile, by stream position."
+        parts += ["## Time and memory", words, _table(latency_table(results))]
+    if verified_table(results).rows:
+        words = "Blockwise evaluation checked against stepping token by token"
+        parts += [_folded(words, _table(verified_table(results)))]
+    return parts
+
+
+def _folded(summary: str, *parts: str) -> str:
+    return "\n\n".join([f"<details><summary>{_escaped(summary)}</summary>", *parts, "</details>"])
+
+
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {_escaped(sentence)}" for sentence in sentences)
+
+
+def _table(table: Table) -> str:
+    """A table of at most ``MOST_ROWS`` rows, and how many more there are."""
+    rule = ["---:" if table.is_numeric(column) else "---" for column in range(len(table.header))]
+    rows = (table.header, rule, *table.rows[:MOST_ROWS])
+    more = len(table.rows) - MOST_ROWS
+    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows) + (
+        f"\n\n{more} more in results.json." if more > 0 else ""
+    )
+
+
+def _escaped(text: str) -> str:
+    """Plain text that Markdown shows as it stands."""
+    text = printable(text)
+    for mark in "\\`*_[]|~<&":
+        text = text.replace(mark, "\\" + mark)
+    return text
