@@ -24,6 +24,7 @@ from sinktrain.evaluation import arms as arms_module
 from sinktrain.evaluation import compare as compare_module
 from sinktrain.evaluation.compare import TASKS, Comparison, compare
 from sinktrain.evaluation.statistics import by_position, mean_interval, paired_difference
+from sinktrain.evaluation.timing import free_bytes
 from sinktrain.model.checkpoints import load_model
 from sinktrain.report.reading import results_validator
 from sinktrain.streaming.blockwise import stream_loss
@@ -195,7 +196,7 @@ def test_loss_by_position_counts_the_sinks_in_front(results: Results, home: Path
 
 
 def test_differences_are_later_minus_earlier_model_on_the_same_tokens(results: Results, home: Path) -> None:
-    between = [row for row in results["paired"] if row["a"] != row["b"]]
+    between = [row for row in results["paired"] if row["a"] != row["b"] and "a_sinks" not in row]
     assert [(row["a"], row["b"], row["policy"], row["sinks"]) for row in between] == [
         *(("sink", "vanilla", "streaming", layout.sinks) for layout in LAYOUTS),
         ("sink", "vanilla", "dense", 0),
@@ -207,6 +208,14 @@ def test_differences_are_later_minus_earlier_model_on_the_same_tokens(results: R
         expected = paired_difference(padded[0], padded[1])
         assert (row["ci95"], row["p"]) == ([expected.low, expected.high], expected.p)
         assert row["interval"] == "text"
+
+
+def test_models_are_paired_in_their_usual_layouts_too(results: Results, home: Path) -> None:
+    [row] = [row for row in results["paired"] if row["a"] != row["b"] and "a_sinks" in row]
+    assert (row["a"], row["a_sinks"], row["a_window"]) == ("sink", 1, N - 1)
+    assert (row["b"], row["b_sinks"], row["b_window"]) == ("vanilla", 4, N - 4)
+    a, b = scored_losses(home, "sink", LAYOUTS[1]), scored_losses(home, "vanilla", LAYOUTS[3])
+    assert row["delta_nats"] == pytest.approx((a - b).mean(), abs=1e-12)
 
 
 def test_each_model_is_paired_with_itself_at_its_own_number_of_sinks(home: Path) -> None:
@@ -247,7 +256,7 @@ def test_models_keep_the_order_in_which_they_were_given(home: Path, results: Res
     reversed_results = compare(asked(home, "sink", "vanilla"))
     assert [model["name"] for model in reversed_results["models"]] == ["sink", "vanilla"]
     pair, opposite = (
-        row_of(found, "paired", sinks=1, a=a, b=b)
+        next(row for row in found["paired"] if (row["a"], row["b"], row["sinks"]) == (a, b, 1))
         for found, a, b in (
             (results, "sink", "vanilla"),
             (reversed_results, "vanilla", "sink"),
@@ -426,7 +435,7 @@ def test_losses_that_are_not_finite_are_refused_with_the_model_named(home: Path,
 def test_dense_is_left_out_where_it_does_not_fit(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(arms_module, "_free_bytes", lambda _: 2**17)
+    monkeypatch.setattr(arms_module, "free_bytes", lambda _: 2**17)
     found = compare(asked(home, "sink"))
     assert {row["policy"] for row in found["perplexity"]} == {"streaming"}
     assert schema_problems(found) == []
@@ -441,21 +450,21 @@ def test_dense_is_left_out_where_it_does_not_fit(
 def test_nothing_is_said_of_dense_where_it_was_not_asked_for(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(arms_module, "_free_bytes", lambda _: 2**17)
+    monkeypatch.setattr(arms_module, "free_bytes", lambda _: 2**17)
     compare(asked(home, "sink", policies=("streaming",)))
     assert "dense" not in capsys.readouterr().err
 
 
 def test_dense_alone_that_does_not_fit_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms_module, "_free_bytes", lambda _: 2**17)
+    monkeypatch.setattr(arms_module, "free_bytes", lambda _: 2**17)
     message = refused(asked(home, "sink", policies=("dense",)))
     assert message.startswith("sink: dense does not fit: 4 streams of")
 
 
 def test_free_memory_is_what_the_machine_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2**20 < arms_module._free_bytes(torch.device("cpu")) < 2**50
+    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
     monkeypatch.setattr(Path, "read_text", _missing)
-    assert arms_module._free_bytes(torch.device("cpu")) > 2**50  # not Linux
+    assert free_bytes(torch.device("cpu")) > 2**50  # not Linux
 
 
 def _missing(*_: Any, **__: Any) -> str:

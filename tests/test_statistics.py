@@ -324,10 +324,13 @@ def test_too_few_tokens_is_one_clear_line() -> None:
         mean_interval(losses)
 
 
-def test_by_position_means_in_equal_bins() -> None:
+def test_by_position_means_in_bins_that_grow_by_a_factor() -> None:
     losses = np.array([[np.nan, 1.0, 2.0, 3.0, 4.0], [np.nan, 3.0, 4.0, 5.0, np.nan]])
-    stream_pos, loss_nats = by_position(losses, np.arange(10, 15), num_bins=2)
-    np.testing.assert_allclose(stream_pos, [11.5, (13 + 13 + 14) / 3])
+    stream_pos, loss_nats = by_position(losses, np.array([0, 1, 3, 15, 63]), num_bins=5)
+    np.testing.assert_allclose(stream_pos, [1, 3, 15, 63])
+    np.testing.assert_allclose(loss_nats, [2, 3, 4, 4])
+    stream_pos, loss_nats = by_position(losses, np.array([0, 1, 3, 15, 63]), num_bins=2)
+    np.testing.assert_allclose(stream_pos, [(1 + 1 + 3 + 3) / 4, (15 + 15 + 63) / 3])
     np.testing.assert_allclose(loss_nats, [2.5, 4.0])
 
 

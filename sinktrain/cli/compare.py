@@ -203,8 +203,7 @@ def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -
     policies = _names("--policies", options.policies, POLICIES)
     tasks = _names("--tasks", options.tasks, comparing.TASKS, nothing="none")
     layouts = parse_layouts(options.layouts) if options.layouts else []
-    if not _is_cut_off(options.out):
-        check_report_folder(options.out)
+    check_report_folder(options.out)
     device = chosen_device(options.device)
     return comparing.compare(
         comparing.Comparison(
@@ -223,11 +222,6 @@ def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -
             command=shlex.join(["sinktrain", command, *arguments]),
         )
     )
-
-
-def _is_cut_off(out: Path) -> bool:
-    """Whether a folder holds nothing but measurements: the same command goes on in it."""
-    return out.is_dir() and [path.name for path in out.iterdir()] == ["measured"]
 
 
 def _finish(command: str, results: dict[str, Any], options: argparse.Namespace) -> int:

@@ -22,9 +22,10 @@ import numpy as np
 from sinktrain.errors import DataError
 
 HEADER = "Below is a record of lines I want you to remember.\n"
-DIGITS = 4
-"""Of a content, as in the paper's figure, and no more than its test needs: 100 questions take over 1,000
-lines, all different. Every digit more is more to copy, and an answer is right only as a whole."""
+DIGITS = 3
+"""Of a content; the paper's figure has 4. An answer is right only as a whole, so every digit is more to
+learn: two layers of width 64, after 9M tokens of nothing but such lines, gave 29% of the answers from one
+line back with 3 digits, 4% with 4. With 2 a content would come round again too soon."""
 MOST_DIGITS = 9
 
 LINES_PER_QUERY = 10
@@ -70,13 +71,18 @@ class RegisterStream:
     queries: tuple[Query, ...]
 
 
+def lines_apart(digits: int) -> int:
+    """How many lines a content is at least before or after its like: half as many as there are contents."""
+    return 10**digits // 2
+
+
 def register_stream(
     key: tuple[int, ...], distance: int, num_lines: int, digits: int = DIGITS
 ) -> RegisterStream:
     """Make a text to evaluate on: after every ten lines a question about the line ``distance`` back.
 
-    No content comes twice but as the answer to its question, and no line is asked twice. The four choices
-    begin with different digits, and are drawn together, alike in all but the order of their lines: to a
+    No content comes twice within ``lines_apart`` but as the answer to its question, and no line is asked
+    twice. The four choices begin with different digits, and are drawn together, alike in all but the order of their lines: to a
     model that sees none of them any is as likely as another, and where the true one is out of sight the
     others, which are older, are so too. So chance is 1/4 exactly.
 
@@ -87,8 +93,15 @@ def register_stream(
         digits: of a content.
 
     Raises:
-        DataError: ``digits`` out of range, or too few for the number of lines.
+        DataError: ``digits`` out of range, or too few for the distance.
     """
+    if not 1 <= digits <= MOST_DIGITS:
+        raise DataError(f"contents of {digits} digits; use 1 to {MOST_DIGITS}")
+    if distance + NUM_CHOICES > lines_apart(digits):
+        raise DataError(
+            f"over {distance} lines contents of {digits} digits come round again; use more digits or a "
+            f"distance of at most {lines_apart(digits) - NUM_CHOICES}"
+        )
     generator = np.random.default_rng((_EVALUATION, *key))
     ends = range(LINES_PER_QUERY, num_lines + 1, LINES_PER_QUERY)  # lines before a question
     asked = {end: end - distance for end in ends if end - distance >= NUM_CHOICES - 1}
@@ -163,31 +176,18 @@ def _endless_lines(generator: np.random.Generator, digits: int) -> Iterator[str]
 def _contents(
     generator: np.random.Generator, num_lines: int, asked_lines: list[int], digits: int
 ) -> list[str]:
-    """Draw the content of every line, all different; those to choose between first, while there is choice."""
-    if not 1 <= digits <= MOST_DIGITS:
-        raise DataError(f"contents of {digits} digits; use 1 to {MOST_DIGITS}")
-    if num_lines > 10**digits:
-        raise DataError(
-            f"{num_lines} lines need as many different contents, and {digits} digits give {10**digits}; "
-            "use more digits or fewer queries"
-        )
-    contents: dict[int, str] = {}
-    used: set[str] = set()
-
-    def draw(lines: list[int]) -> None:
+    """Draw the content of every line, none of which comes again soon; those to choose between together."""
+    contents: list[str] = []
+    group_starts = {line + 1 - NUM_CHOICES for line in asked_lines}
+    while len(contents) < num_lines:
+        count = NUM_CHOICES if len(contents) in group_starts else 1
+        recent = contents[-lines_apart(digits) :]
         while True:
-            drawn = [f"{number:0{digits}}" for number in generator.integers(10**digits, size=len(lines))]
-            if len({content[0] for content in drawn}) == len(lines) and used.isdisjoint(drawn):
+            drawn = [f"{number:0{digits}}" for number in generator.integers(10**digits, size=count)]
+            if len({content[0] for content in drawn}) == count and set(drawn).isdisjoint(recent):
                 break
-        used.update(drawn)
-        contents.update(zip(lines, drawn, strict=True))
-
-    for line in asked_lines:
-        draw([line - back for back in range(NUM_CHOICES)])
-    for line in range(num_lines):
-        if line not in contents:
-            draw([line])
-    return [contents[line] for line in range(num_lines)]
+        contents += drawn
+    return contents
 
 
 def _pieces(line: int, content: str, before: str = "") -> tuple[str, str, str]:

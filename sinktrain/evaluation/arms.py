@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,12 +22,13 @@ from sinktrain.evaluation.store import Store
 from sinktrain.evaluation.streameval import streameval
 from sinktrain.evaluation.telemetry import telemetry
 from sinktrain.evaluation.texts import TokenizedText
+from sinktrain.evaluation.timing import free_bytes
 from sinktrain.evaluation.verify import verify
 from sinktrain.model.checkpoints import ModelSource, load_model
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.progress import progress_bar
 from sinktrain.streaming.decoder import fingerprint
-from sinktrain.streaming.layout import Layout
+from sinktrain.streaming.layout import VANILLA_SINKS, Layout
 
 TASKS = ("telemetry", "removal", "latency", "streameval", "access")
 Row = dict[str, Any]
@@ -104,8 +104,13 @@ class Arm:
 
     @property
     def needed_sinks(self) -> int:
-        """Slots that the model should keep: its own sinks, or the one that the paper gives others."""
+        """The fewest slots that the model should keep: its own sinks, or one."""
         return max(1, int(self.facts["sink"]["count"]))
+
+    @property
+    def usual_sinks(self) -> int:
+        """Slots that a stream of it keeps unless told otherwise: its own sinks, or the paper's four."""
+        return int(self.facts["sink"]["count"]) or VANILLA_SINKS
 
 
 def measure_arm(source: ModelSource, texts: list[Streams], plan: Plan) -> Arm:
@@ -185,7 +190,7 @@ def _affordable(
 ) -> list[Setting]:
     """Leave out the dense row where its cache does not fit into the device's memory, and say so."""
     affordable = [setting for setting in settings if setting.policy != "dense"]
-    needed, free = dense_bytes(model, num_streams, stream_len), _free_bytes(model.device)
+    needed, free = dense_bytes(model, num_streams, stream_len), free_bytes(model.device)
     if needed < 0.5 * free or affordable == settings:
         return settings
     problem = (
@@ -196,17 +201,6 @@ def _affordable(
         raise StreamError(f"{name}: dense does not fit: {problem}")
     print(f"{name}: dense left out: {problem}", file=sys.stderr)
     return affordable
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what earlier rows held is free, but the driver does not know it
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
-    except OSError:
-        available = None
-    return 1024 * int(available[1]) if available else sys.maxsize  # only Linux tells
 
 
 # -- everything else ------------------------------------------------------------------------------

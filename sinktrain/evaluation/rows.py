@@ -50,7 +50,8 @@ def position_rows(arm: Arm) -> Iterator[Row]:
 
 
 def between_models(arms: list[Arm]) -> Iterator[Row]:
-    """Later models against earlier ones, under the same setting, where they share a vocabulary."""
+    """Later models against earlier ones, where they share a vocabulary: under the same setting, and each in
+    its usual layout of the same N where that is not the same."""
     for first, second in itertools.combinations(arms, 2):
         if first.tokenizer != second.tokenizer:
             continue
@@ -58,6 +59,11 @@ def between_models(arms: list[Arm]) -> Iterator[Row]:
             for one, other in itertools.product(ones, others):
                 if _is_same_row(one.setting, other.setting):
                     yield _paired(text, second, other, first, one)
+            usual, others_usual = _usual(first, ones), _usual(second, others)
+            for size, one in usual.items():
+                if size in others_usual and first.usual_sinks != second.usual_sinks:
+                    other = others_usual[size]
+                    yield _paired(text, second, other, first, one) | _layouts(other, one)
 
 
 def between_layouts(arm: Arm) -> Iterator[Row]:
@@ -74,6 +80,15 @@ def between_policies(arm: Arm) -> Iterator[Row]:
         for one, reference in _with_reference(arm, measured, "recompute"):
             policies = {"a_policy": one.setting.policy, "b_policy": reference.setting.policy}
             yield _paired(text, arm, one, arm, reference) | _layouts(one, reference) | policies
+
+
+def _usual(arm: Arm, measured: list[Measured]) -> dict[int, Measured]:
+    """The rows of the layouts that a model is streamed in, by N."""
+    return {
+        one.setting.layout.num_slots: one
+        for one in measured
+        if one.setting.policy == "streaming" and one.setting.layout.sinks == arm.usual_sinks
+    }
 
 
 def _with_reference(arm: Arm, measured: list[Measured], policy: str) -> Iterator[tuple[Measured, Measured]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinktrain.evaluation.statistics import Difference, t_difference, welch_difference
+from sinktrain.streaming.layout import VANILLA_SINKS
 
 Row = dict[str, Any]
 Key = tuple[Any, ...]
@@ -20,9 +21,17 @@ class _Arm:
     """An arm's rows of ``perplexity[]`` by seed, in the order of seeds; under each, by text and setting."""
 
     name: str
-    needed_sinks: int
+    num_sinks: int
     tokenizer: str | None
     by_seed: dict[int, dict[Key, Row]]
+
+    @property
+    def needed_sinks(self) -> int:
+        return max(1, self.num_sinks)
+
+    @property
+    def usual_sinks(self) -> int:
+        return self.num_sinks or VANILLA_SINKS
 
     @property
     def shared_rows(self) -> dict[Key, Row]:
@@ -38,11 +47,11 @@ class _Arm:
 def seed_rows(models: Sequence[Row], perplexity: Sequence[Row]) -> list[Row]:
     """The rows of ``paired[]`` whose intervals are over seeds; ``a`` and ``b`` are arms.
 
-    Later arms against earlier ones, and each arm's layouts against the one of the same N that keeps as many
-    slots as it has sinks, or one. Where two arms have the same seeds they are paired by seed, which shares
-    the order of the data and the initial weights, and ``deltas`` holds the seeds' differences in the order
-    of the seeds. Otherwise the test is Welch's, ``deltas`` is empty, and ``num_seeds`` counts the seeds of
-    the arm that has fewer.
+    Later arms against earlier ones, in the same setting and each in its usual layout, and each arm's
+    layouts against the one of the same N that keeps as many slots as it has sinks, or one. Where two arms
+    have the same seeds they are paired by seed, which shares the order of the data and the initial weights,
+    and ``deltas`` holds the seeds' differences in the order of the seeds. Otherwise the test is Welch's,
+    ``deltas`` is empty, and ``num_seeds`` counts the seeds of the arm that has fewer.
 
     Left out are models without an arm or a seed, arms of one seed, and arms whose models differ in more
     than their seed or have a seed twice (several checkpoints of a run, say): they spread for other reasons.
@@ -75,7 +84,7 @@ def _arm(name: str, models: Sequence[Row], perplexity: Sequence[Row]) -> _Arm:
         model["seed"]: {_key(row): row for row in perplexity if row["model"] == model["name"]}
         for model in sorted(models, key=lambda model: int(model["seed"]))
     }
-    return _Arm(name, max(1, models[0]["sink"]["count"]), models[0]["tokenizer"], by_seed)
+    return _Arm(name, models[0]["sink"]["count"], models[0]["tokenizer"], by_seed)
 
 
 def _key(row: Row) -> Key:
@@ -91,14 +100,14 @@ def _between_arms(arms: list[_Arm]) -> Iterator[Row]:
     for b, a in itertools.combinations(arms, 2):
         if a.tokenizer != b.tokenizer:
             continue
+        for key in a.shared_rows:
+            if key in b.shared_rows:
+                yield _over_seeds(a, key, b, key)
         for key, row in a.shared_rows.items():
-            if key not in b.shared_rows:
-                continue
-            if a.by_seed.keys() == b.by_seed.keys():
-                yield _by_seed(a, key, b, key)
-            else:
-                num_seeds = min(len(a.by_seed), len(b.by_seed))
-                yield _row(a, b, row, welch_difference(a.losses(key), b.losses(key)), num_seeds, [])
+            others = row | {"sinks": b.usual_sinks, "window": row["sinks"] + row["window"] - b.usual_sinks}
+            is_usual = row["policy"] == "streaming" and row["sinks"] == a.usual_sinks
+            if is_usual and a.usual_sinks != b.usual_sinks and _key(others) in b.shared_rows:
+                yield _over_seeds(a, key, b, _key(others)) | _layouts(row, others)
 
 
 def _between_layouts(arms: list[_Arm]) -> Iterator[Row]:
@@ -108,17 +117,21 @@ def _between_layouts(arms: list[_Arm]) -> Iterator[Row]:
             reference = row | {"sinks": arm.needed_sinks, "window": num_slots - arm.needed_sinks}
             if row["policy"] != "streaming" or row == reference or _key(reference) not in arm.shared_rows:
                 continue
-            yield _by_seed(arm, key, arm, _key(reference)) | {
-                "a_sinks": row["sinks"],
-                "a_window": row["window"],
-                "b_sinks": reference["sinks"],
-                "b_window": reference["window"],
-            }
+            yield _over_seeds(arm, key, arm, _key(reference)) | _layouts(row, reference)
 
 
-def _by_seed(a: _Arm, a_key: Key, b: _Arm, b_key: Key) -> Row:
-    deltas = [x - y for x, y in zip(a.losses(a_key), b.losses(b_key), strict=True)]
-    return _row(a, b, a.shared_rows[a_key], t_difference(deltas), len(deltas), deltas)
+def _layouts(a: Row, b: Row) -> Row:
+    return {"a_sinks": a["sinks"], "a_window": a["window"], "b_sinks": b["sinks"], "b_window": b["window"]}
+
+
+def _over_seeds(a: _Arm, a_key: Key, b: _Arm, b_key: Key) -> Row:
+    """Paired by seed where both arms have the same seeds, otherwise Welch's."""
+    row, a_losses, b_losses = a.shared_rows[a_key], a.losses(a_key), b.losses(b_key)
+    if a.by_seed.keys() != b.by_seed.keys():
+        num_seeds = min(len(a_losses), len(b_losses))
+        return _row(a, b, row, welch_difference(a_losses, b_losses), num_seeds, [])
+    deltas = [x - y for x, y in zip(a_losses, b_losses, strict=True)]
+    return _row(a, b, row, t_difference(deltas), len(deltas), deltas)
 
 
 def _row(a: _Arm, b: _Arm, setting: Row, difference: Difference, num_seeds: int, deltas: list[float]) -> Row:

@@ -130,24 +130,24 @@ def welch_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def by_position(losses: Floats, stream_pos: NDArray[np.int64], num_bins: int = 64) -> tuple[Floats, Floats]:
-    """Mean loss in equal bins of stream position; bins without a scored token are left out.
+    """Mean loss in bins of stream position, which grow by a constant factor: evictions come early.
 
     Args:
         losses: float64[stream, token], nats; NaN = not scored.
         stream_pos: int64[token], position of each scored token in its stream.
-        num_bins: at most; fewer positions than that get one bin each.
+        num_bins: at most; a bin holds one position or more.
 
     Returns:
-        ``(stream_pos, loss_nats)``, both float64[bin]: mean position and mean loss of a bin's tokens.
+        ``(stream_pos, loss_nats)``, both float64[bin]: mean position and mean loss of a bin's tokens; bins
+        without any are left out.
     """
     scored = ~np.isnan(losses)
     loss_nats = losses[scored]
     positions = np.broadcast_to(stream_pos, losses.shape)[scored]
     if not positions.size:
         return np.empty(0), np.empty(0)
-    first, num_positions = positions.min(), int(np.ptp(positions)) + 1
-    num_bins = min(num_bins, num_positions)
-    bins = (positions - first) * num_bins // num_positions
+    growth = np.log1p(positions) - np.log1p(positions.min())
+    bins = np.minimum(growth / (growth.max() or 1.0) * num_bins, num_bins - 1).astype(np.int64)
     counts = np.bincount(bins, minlength=num_bins)
     filled = counts > 0
     pos_sums, loss_sums = (np.bincount(bins, weights, num_bins) for weights in (positions, loss_nats))

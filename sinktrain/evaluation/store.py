@@ -35,7 +35,8 @@ class Store:
         path = self._path(name, "npy")
         kept_as = np.float64 if self.identity["dtype"] == "float64" else np.float32
         try:
-            return np.load(path).astype(np.float64)
+            kept: NDArray[np.float64] = np.load(path).astype(np.float64)
+            return kept
         except (OSError, ValueError, EOFError):  # not measured yet, or a damaged file
             measured = measure()
         with atomic_path(path) as temporary, temporary.open("wb") as file:

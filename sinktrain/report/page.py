@@ -72,7 +72,7 @@ def _anchor(number: int) -> str:
 
 def _scripts() -> list[str]:
     """Plotly and our page.js; slow to read, so only where there is something to draw."""
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+    from plotly.offline import get_plotlyjs
 
     own = files("sinktrain.report").joinpath("page.js").read_text(encoding="utf-8")
     return [get_plotlyjs(), own]

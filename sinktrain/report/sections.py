@@ -101,8 +101,9 @@ def _difference_section(results: Results, text: str) -> Section | None:
 
 def _position_section(results: Results, text: str) -> Section | None:
     words = (
-        "Means over bins of positions; all panels on the same scale. What all lines share is the difficulty "
-        "of the text; what tells is the distance between lines. The dotted line marks the first eviction."
+        "Means over bins of positions that grow by a constant factor; all panels on the same scale. What "
+        "all lines share is the difficulty of the text; what tells is the distance between lines. The dotted "
+        "line marks the first eviction."
     )
     figures = losses.position_figures(results, text)
     return _plotted(f"Loss by position on {text}", words + _one_seed(results), figures)

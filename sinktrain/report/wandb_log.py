@@ -108,6 +108,6 @@ def _wandb_table(wandb: Any, rows: Iterable[Row]) -> Any:
 
 
 def _wandb_plot(wandb: Any, spec: Mapping[str, Any]) -> Any:
-    from plotly.graph_objects import Figure  # type: ignore[import-untyped]
+    from plotly.graph_objects import Figure
 
     return wandb.Plotly(Figure(spec))

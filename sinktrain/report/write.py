@@ -11,10 +11,14 @@ from sinktrain.report.markdown import results_markdown
 from sinktrain.report.page import report_page
 from sinktrain.report.wording import Results
 
+MEASURED = "measured"
+"""Folder of a report that keeps measurements, so that a comparison that was cut off goes on."""
+
 
 def check_report_folder(out: Path) -> None:
-    """Raise ConfigError if ``out`` holds something other than an earlier report."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_report(out / "results.json")):
+    """Raise ConfigError if ``out`` holds anything but a report or what was measured for one."""
+    others = [path for path in out.iterdir() if path.name != MEASURED] if out.is_dir() else []
+    if out.is_file() or (others and not _is_report(out / "results.json")):
         raise ConfigError(f"--out {out} holds something that is not a report; choose another folder")
 
 

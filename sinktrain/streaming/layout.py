@@ -9,6 +9,8 @@ from sinktrain.errors import StreamError
 from sinktrain.model.config import ModelConfig
 
 SMALLEST_ROW = 6  # its 4+(N-4) keeps more than the current token
+VANILLA_SINKS = 4
+"""First tokens that a model without sinks of its own is streamed with: StreamingLLM's choice."""
 
 
 @dataclass(frozen=True, order=True)
@@ -78,5 +80,5 @@ def stream_layout(config: ModelConfig) -> Layout:
     """What a model streams with unless told otherwise: half the trained length, its own number of sinks
     for ``token`` models and the paper's four first tokens for others."""
     size = max(5, config.network.max_position_embeddings // 2)
-    sinks = config.sink.count or 4
+    sinks = config.sink.count or VANILLA_SINKS
     return Layout(sinks, size - sinks)

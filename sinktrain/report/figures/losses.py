@@ -7,7 +7,16 @@ from collections.abc import Callable
 from sinktrain.report import wording
 from sinktrain.report.figures.look import Look, Spec, model_looks
 from sinktrain.report.figures.source import Source, drawn_models
-from sinktrain.report.figures.spec import Figure, axis, layout, marks, padded, points, whisker_layout
+from sinktrain.report.figures.spec import (
+    Figure,
+    axis,
+    layout,
+    log_axis,
+    marks,
+    padded,
+    points,
+    whisker_layout,
+)
 from sinktrain.report.wording import Results, Row
 
 
@@ -42,10 +51,19 @@ def loss_figures(results: Results, text: str) -> list[Figure]:
 
 
 def position_figures(results: Results, text: str) -> list[Figure]:
-    """Loss by stream position: a panel for each model and length, all on one scale, evictions marked."""
+    """Loss by stream position: a panel for each model and length, all on one scale, evictions marked.
+
+    Recomputed losses are left out: they are of few tokens, far apart, and would show the text's ups and
+    downs.
+    """
     drawn = drawn_models(results)
     rows = Source.of(results, "position_loss").where(
-        lambda row: row["text"] == text and row["model"] in drawn and row["stream_pos"]
+        lambda row: (
+            row["text"] == text
+            and row["model"] in drawn
+            and row["policy"] != "recompute"
+            and row["stream_pos"]
+        )
     )
     y_range = padded([{"y": rows.values("loss_nats")}], "y") if rows else []
     figures = []
@@ -71,6 +89,6 @@ def _position_figure(name: str, caption: str, panel: Source, y_range: list[float
         )
         for series, words in enumerate(wording.layout_names(panel.rows))
     ]
-    x = axis("stream position, tokens", rangemode="tozero", tickformat=",d")
+    x = log_axis("stream position, tokens", traces, "x")
     evictions = marks(panel.where(lambda row: row["policy"] == "streaming"), "sinks+window")
     return Figure(name, caption, traces, layout(x, axis("loss, nats", range=y_range), **evictions))
