@@ -95,6 +95,7 @@ def test_all_plots_are_drawn_offline_wide_and_narrow_light_and_dark_without_a_wo
     check_picture(tab, tmp_path / "narrow.png", 390)
 
 
+@pytest.mark.slow
 def test_legends_of_a_whole_study_leave_room_for_its_plots_on_a_telephone(tab: Tab, tmp_path: Path) -> None:
     """A legend higher than its plot once left no room to draw in, and plotly gave up."""
     study = only(example_results(seeds=True), "sink_metric", "removal")
@@ -102,6 +103,7 @@ def test_legends_of_a_whole_study_leave_room_for_its_plots_on_a_telephone(tab: T
     check_drawn(tab, len(list(every_figure(study))))
 
 
+@pytest.mark.slow
 def test_print_has_every_plot_at_once_on_light_paper(tab: Tab, results: Results, tmp_path: Path) -> None:
     few = only(results, "perplexity", "sink_attention")
     tab.open(written(tmp_path, few), 1280, scheme="dark")

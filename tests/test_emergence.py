@@ -388,7 +388,7 @@ def test_compiled_bf16_training_measures_its_bfloat16_weights(
 def test_mistake_is_one_line_before_anything_is_written(
     options: str, line: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", *tiny_run(shards, tmp_path / "run", *options.split())]) == 2
+    assert main(["fit", *tiny_run(shards, tmp_path / "run", *EVERY_4, *options.split())]) == 2
     told = capsys.readouterr().err
     assert line in told
     assert told.count("\n") == 1

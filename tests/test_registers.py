@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinktrain.data.registers import DOCUMENT_BYTES, HEADER, register_stream, training_documents
+from sinktrain.data.registers import (
+    DOCUMENT_BYTES,
+    HEADER,
+    largest_distance,
+    register_stream,
+    training_documents,
+)
 from sinktrain.errors import DataError
 
 LINE = re.compile(r"(Query: )?The REGISTER_CONTENT in line (\d+) is <(\d+)>\n")
@@ -34,7 +40,7 @@ def test_stream_is_the_papers_text() -> None:
     order = [(is_question, line) for is_question, line, _ in lines_of(text)]
     told = [(False, line) for line in range(20)]
     assert order == [*told[:10], (True, 3), *told[10:], (True, 13)]
-    assert all(re.fullmatch(r"\d{4}", content) for _, _, content in lines_of(text))
+    assert all(re.fullmatch(r"\d{3}", content) for _, _, content in lines_of(text))
 
 
 @settings(max_examples=25)
@@ -57,12 +63,17 @@ def test_every_answer_is_what_its_line_told_the_distance_before(stream: tuple[in
 
 @settings(max_examples=25)
 @given(STREAMS)
-def test_no_content_comes_twice_but_in_the_answer_to_its_one_question(stream: tuple[int, int, int]) -> None:
+def test_no_content_comes_twice_in_reach_but_in_the_answer_to_its_one_question(
+    stream: tuple[int, int, int],
+) -> None:
     seed, distance, num_lines = stream
-    lines = lines_of("".join(register_stream((seed,), distance, num_lines).pieces))
+    lines = lines_of("".join(register_stream((seed,), distance, 2 * num_lines, digits=2).pieces))
     told = [content for is_question, _, content in lines if not is_question]
     questions = [line for is_question, line, _ in lines if is_question]
-    assert len(set(told)) == len(told) == num_lines
+    assert len(told) == 2 * num_lines
+    for begin in range(len(told)):
+        in_reach = told[begin : begin + largest_distance(2) + 4]
+        assert len(set(in_reach)) == len(in_reach)
     assert len(set(questions)) == len(questions)
 
 
@@ -104,7 +115,7 @@ def test_streams_follow_from_their_key_alone() -> None:
 
 @pytest.mark.parametrize("digits", [1, 2, 9])
 def test_contents_have_the_digits_that_were_asked_for(digits: int) -> None:
-    contents = [content for _, _, content in lines_of("".join(register_stream((0,), 2, 10, digits).pieces))]
+    contents = [content for _, _, content in lines_of("".join(register_stream((0,), 1, 10, digits).pieces))]
     assert {len(content) for content in contents} == {digits}
     documents = training_documents(5000, 0.5, (0,), digits)
     assert {len(content) for text in documents for _, _, content in lines_of(text)} == {digits}
@@ -116,13 +127,11 @@ def test_digits_that_cannot_be_are_refused(digits: int) -> None:
         register_stream((0,), 5, 10, digits)
 
 
-def test_more_lines_than_contents_are_refused() -> None:
-    assert len(register_stream((0,), 5, 100, digits=2).queries) == 10
-    expected = (
-        "110 lines need as many different contents, and 2 digits give 100; use more digits or fewer queries"
-    )
+def test_distance_over_which_contents_come_again_is_refused() -> None:
+    assert len(register_stream((0,), 46, 1000, digits=2).queries) == 96
+    expected = "contents of 2 digits come again within 47 lines; use more digits, or a distance of at most 46"
     with pytest.raises(DataError, match=f"^{expected}$"):
-        register_stream((0,), 5, 110, digits=2)
+        register_stream((0,), 47, 1000, digits=2)
 
 
 def test_training_documents_ask_for_what_they_told() -> None:

@@ -175,7 +175,8 @@ def test_pieces_are_the_tokens_of_the_whole_text_for_a_byte_level_tokenizer(toke
     (stream,) = streams_of(1, num_lines=200)
     ids = tokenizer.encode("".join(stream.pieces))
     assert [token for piece in stream.pieces for token in tokenizer.encode(piece)] == ids
-    assert len(tokenizer.encode("7286")) < 4  # of more than one byte
+    contents = [piece for piece in stream.pieces if piece.isdigit()]
+    assert {len(tokenizer.encode(content)) for content in contents} >= {2, 3, 4}  # merged in many ways
 
 
 def test_logits_at_a_question_do_not_know_a_line_out_of_reach(plain_tokenizer: Tokenizer) -> None:
@@ -220,7 +221,7 @@ def test_rows_say_what_was_asked(tokenizer: Tokenizer) -> None:
         }
         assert row["policy"] == "streaming"
         assert row["num_queries"] == 4
-        assert row["chance"] == {"streameval": 1e-4, "access": 0.25}[row["task"]]
+        assert row["chance"] == {"streameval": 1e-3, "access": 0.25}[row["task"]]
         assert 12 * row["distance_lines"] < row["distance_tokens"] < 20 * row["distance_lines"] + 5
         assert 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1
         assert all(type(value) in (str, int, float, list) for value in row.values())
@@ -292,12 +293,13 @@ def test_questions_come_after_as_many_tokens_as_the_longest_layout_has_slots(tok
         (256, 16.0, [4, 8, 12, 16, 20, 24, 32]),
         (32, 16.0, [1, 2, 3, 4]),  # the paper's 20 lines are ten times as long
         (8, 16.0, [1]),
+        (8192, 14.0, [20, 146, 293, 439]),  # further ones would need more digits
     ],
 )
 def test_distances_go_from_inside_the_layout_to_twice_its_length(
     num_slots: int, line_tokens: float, distances: list[int]
 ) -> None:
-    assert query_distances(num_slots, line_tokens) == distances
+    assert query_distances(num_slots, line_tokens, 496) == distances
 
 
 def test_long_layouts_get_fewer_questions(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ trainer:
   enable_progress_bar: false
 checkpoint:
   every_n_steps: 4
+streaming:
+  every_n_steps: 0
 """
 
 

@@ -71,9 +71,9 @@ class RegisterStream:
     queries: tuple[Query, ...]
 
 
-def lines_apart(digits: int) -> int:
-    """How many lines a content is at least before or after its like: half as many as there are contents."""
-    return 10**digits // 2
+def largest_distance(digits: int) -> int:
+    """Lines that a question can go back at most; a content comes again only further away."""
+    return int(10**digits) // 2 - NUM_CHOICES
 
 
 def register_stream(
@@ -81,10 +81,10 @@ def register_stream(
 ) -> RegisterStream:
     """Make a text to evaluate on: after every ten lines a question about the line ``distance`` back.
 
-    No content comes twice within ``lines_apart`` but as the answer to its question, and no line is asked
-    twice. The four choices begin with different digits, and are drawn together, alike in all but the order of their lines: to a
-    model that sees none of them any is as likely as another, and where the true one is out of sight the
-    others, which are older, are so too. So chance is 1/4 exactly.
+    Within reach of a question no content comes twice but as an answer, and no line is asked twice. The
+    four choices begin with different digits, and are drawn together, alike in all but the order of their
+    lines: to a model that sees none of them any is as likely as another, and where the true one is out of
+    sight the others, which are older, are so too. So chance is 1/4 exactly.
 
     Args:
         key: seeds the text.
@@ -97,10 +97,10 @@ def register_stream(
     """
     if not 1 <= digits <= MOST_DIGITS:
         raise DataError(f"contents of {digits} digits; use 1 to {MOST_DIGITS}")
-    if distance + NUM_CHOICES > lines_apart(digits):
+    if distance > largest_distance(digits):
         raise DataError(
-            f"over {distance} lines contents of {digits} digits come round again; use more digits or a "
-            f"distance of at most {lines_apart(digits) - NUM_CHOICES}"
+            f"contents of {digits} digits come again within {distance} lines; use more digits, or a distance "
+            f"of at most {largest_distance(digits)}"
         )
     generator = np.random.default_rng((_EVALUATION, *key))
     ends = range(LINES_PER_QUERY, num_lines + 1, LINES_PER_QUERY)  # lines before a question
@@ -176,12 +176,12 @@ def _endless_lines(generator: np.random.Generator, digits: int) -> Iterator[str]
 def _contents(
     generator: np.random.Generator, num_lines: int, asked_lines: list[int], digits: int
 ) -> list[str]:
-    """Draw the content of every line, none of which comes again soon; those to choose between together."""
+    """Draw the content of every line, none seen lately; those to choose between together."""
     contents: list[str] = []
     group_starts = {line + 1 - NUM_CHOICES for line in asked_lines}
     while len(contents) < num_lines:
         count = NUM_CHOICES if len(contents) in group_starts else 1
-        recent = contents[-lines_apart(digits) :]
+        recent = contents[-(10**digits // 2) :]
         while True:
             drawn = [f"{number:0{digits}}" for number in generator.integers(10**digits, size=count)]
             if len({content[0] for content in drawn}) == count and set(drawn).isdisjoint(recent):

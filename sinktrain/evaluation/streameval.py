@@ -33,6 +33,7 @@ from sinktrain.data.registers import (
     NUM_CHOICES,
     Query,
     RegisterStream,
+    largest_distance,
     register_stream,
 )
 from sinktrain.data.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def streameval(
         Rows of ``streameval[]`` in ``results.json``, without the model.
 
     Raises:
-        DataError: a tokenizer that does not tell digits apart, or too few digits for the lines.
+        DataError: a tokenizer that does not tell digits apart, or too few digits for a given distance.
     """
     wanted = [task for task in TASKS if task in set(tasks)]
     if not wanted or not layouts:
@@ -129,7 +130,7 @@ def streameval(
         num_queries = NUM_QUERIES if num_slots <= LONG_LAYOUT else FEWER_QUERIES
     num_streams = -(-num_queries // queries_per_stream)
     line_tokens, shortest_line = _line_tokens(tokenizer, digits)
-    asked_over = distances or query_distances(num_slots, line_tokens)
+    asked_over = distances or query_distances(num_slots, line_tokens, largest_distance(digits))
     rows: list[Row] = []
     with progress_bar(total=len(asked_over) * len(layouts), desc="StreamEval", unit="row") as bar:
         for distance in asked_over:
@@ -154,12 +155,12 @@ def streameval(
     return rows
 
 
-def query_distances(num_slots: int, line_tokens: float) -> list[int]:
-    """Distances in lines, from inside a layout of so many slots to twice its length."""
+def query_distances(num_slots: int, line_tokens: float, largest: int) -> list[int]:
+    """Distances in lines, from inside a layout of so many slots to twice its length, but no larger ones."""
     lines = {max(1, round(reach * num_slots / line_tokens)) for reach in REACHES}
     if PAPER_LINES * line_tokens <= FURTHEST * num_slots:
         lines.add(PAPER_LINES)
-    return sorted(lines)
+    return sorted(distance for distance in lines if distance <= largest)
 
 
 def tokenized(streams: Sequence[RegisterStream], tokenizer: Tokenizer, first_token: int) -> Questions:
@@ -267,11 +268,10 @@ def _deciding(choices: list[list[int]]) -> int:
 
 def _line_tokens(tokenizer: Tokenizer, digits: int) -> tuple[float, int]:
     """Return the mean number of tokens of a line, with its share of questions, and that of the shortest."""
-    num_lines = min(10**digits, SAMPLE_LINES)
-    stream = register_stream((0,), 1, num_lines, digits)
+    stream = register_stream((0,), 1, SAMPLE_LINES, digits)
     lengths = [len(ids) for ids in tokenizer.encode_batch(list(stream.pieces[1:]))]
     of_lines = np.array(lengths).reshape(-1, 3).sum(axis=1)
-    return of_lines.sum() / num_lines, int(of_lines.min())
+    return of_lines.sum() / SAMPLE_LINES, int(of_lines.min())
 
 
 def _row(
