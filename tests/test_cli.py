@@ -726,10 +726,23 @@ def test_a_gpu_computes_in_bfloat16_unless_told(
     assert [request.dtype for request in asked] == [torch.bfloat16, torch.float32]
 
 
+def test_missing_wandb_is_told_before_anything_is_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sinktrain.report.wandb_log.find_spec", lambda _: None)
+    monkeypatch.setattr(comparing, "compare", lambda _: pytest.fail("measured"))
+    said = run("compare", "a", "--text", "text", "--out", tmp_path, "--wandb", "sinks")
+    assert said.code == 2
+    assert said.err == (
+        "sinktrain compare: --wandb sinks needs the package wandb; pip install 'sinktrain[wandb]', "
+        "or leave it out\n"
+    )
+
+
 def test_models_that_failed_are_named_after_the_report(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed = [{"model": "a", "error": "no such\nfile"}, {"model": "b", "error": "cut off"}]
+    failed = [{"model": "first", "error": "no such\nfile"}, {"model": "b", "error": "runs/b is damaged"}]
     monkeypatch.setattr(comparing, "compare", lambda _: {**example_results(), "failed": failed})
     said = run("compare", "a", "b", "--text", "text", "--out", tmp_path, "--json")
     assert said.code == 2
@@ -737,8 +750,8 @@ def test_models_that_failed_are_named_after_the_report(
     assert report == f"report: {tmp_path / 'report.html'}"
     kept = "the others' results are kept, the same command tries it again"
     assert lines == [
-        f"sinktrain compare: a failed: no such file; {kept}",
-        f"sinktrain compare: b failed: cut off; {kept}",
+        f"sinktrain compare: first: no such file; {kept}",
+        f"sinktrain compare: runs/b is damaged; {kept}",
     ]
     assert json.loads(said.out) == json.loads((tmp_path / "results.json").read_text())
 

@@ -197,6 +197,7 @@ def _names(option: str, typed: str, known: Sequence[str], nothing: str | None = 
 def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     from sinktrain.evaluation import compare as comparing
     from sinktrain.evaluation.perplexity import POLICIES
+    from sinktrain.report.wandb_log import check_wandb
     from sinktrain.report.write import check_report_folder
     from sinktrain.streaming.layout import parse_layouts
 
@@ -204,6 +205,8 @@ def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -
     tasks = _names("--tasks", options.tasks, comparing.TASKS, nothing="none")
     layouts = parse_layouts(options.layouts) if options.layouts else []
     check_report_folder(options.out)
+    if options.wandb is not None:
+        check_wandb(options.wandb)
     device = chosen_device(options.device)
     return comparing.compare(
         comparing.Comparison(
@@ -229,8 +232,9 @@ def _finish(command: str, results: dict[str, Any], options: argparse.Namespace) 
     _show(results, options)
     for row in results["failed"]:
         error = " ".join(row["error"].split())
+        subject = "" if row["model"] in error else f"{row['model']}: "
         print(
-            f"sinktrain {command}: {row['model']} failed: {error}; the others' results are kept, "
+            f"sinktrain {command}: {subject}{error}; the others' results are kept, "
             "the same command tries it again",
             file=sys.stderr,
         )

@@ -17,6 +17,14 @@ from sinktrain.report.wording import Results, Row, layout_name, pair_words
 ARTIFACT = "streaming-comparison"
 
 
+def check_wandb(project: str) -> None:
+    """Raise ConfigError if wandb is not installed: to be known before hours of measuring."""
+    if find_spec("wandb") is None:
+        raise ConfigError(
+            f"--wandb {project} needs the package wandb; pip install 'sinktrain[wandb]', or leave it out"
+        )
+
+
 def log_report(results: Results, out: Path, project: str) -> None:
     """Log a written report to a new run.
 
@@ -27,10 +35,7 @@ def log_report(results: Results, out: Path, project: str) -> None:
     Raises:
         ConfigError: wandb is not installed, or refuses the run.
     """
-    if find_spec("wandb") is None:
-        raise ConfigError(
-            f"--wandb {project} needs the package wandb; pip install 'sinktrain[wandb]', or leave it out"
-        )
+    check_wandb(project)
     import wandb
 
     try:
