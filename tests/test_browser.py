@@ -113,6 +113,7 @@ def test_print_has_every_plot_at_once_on_light_paper(tab: Tab, results: Results,
     assert tab.complaints == []
 
 
+@pytest.mark.slow
 def test_a_plot_that_fails_says_so_alone_and_the_policy_lets_no_foreign_script_run(
     tab: Tab, results: Results, tmp_path: Path
 ) -> None:
