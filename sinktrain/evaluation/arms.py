@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sinktrain import __version__
 from sinktrain.errors import ModelError, StreamError
 from sinktrain.evaluation.latency import latency
 from sinktrain.evaluation.perplexity import Measured, Setting, dense_bytes, measure, settings_for
@@ -128,6 +129,7 @@ def measure_arm(source: ModelSource, texts: list[Streams], plan: Plan) -> Arm:
 
 def _identity(model: GPTNeoX, plan: Plan) -> Row:
     return {
+        "sinktrain": __version__,
         "model": fingerprint(model).numpy().tobytes().hex(),
         "device": plan.device,
         "dtype": str(plan.dtype).removeprefix("torch."),
