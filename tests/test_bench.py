@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sinktrain import cli
 from sinktrain.errors import ConfigError
-from sinktrain.experiments import bench, bench_evaluate, contenders, machine, peers
+from sinktrain.evaluation import timing
+from sinktrain.experiments import bench, bench_evaluate, contenders, peers
 from sinktrain.experiments.bench import DecodeBench, bench_decode, trace_marks
 from sinktrain.experiments.bench_evaluate import EvaluateBench
 from sinktrain.experiments.contenders import Cell, Contender, matmuls_contender, step_bytes
@@ -300,11 +301,11 @@ def test_the_peak_counts_from_the_last_reset():
     cpu = torch.device("cpu")
     large = torch.ones(2**26)
     assert large.sum() == 2**26
-    before = machine.peak_bytes(cpu)
+    before = timing.peak_bytes(cpu)
     del large
-    machine.reset_peak(cpu)
-    assert machine.peak_bytes(cpu) < before - 2**27
-    assert machine.held_bytes(cpu) <= machine.peak_bytes(cpu)
+    timing.reset_peak(cpu)
+    assert timing.peak_bytes(cpu) < before - 2**27
+    assert timing.held_bytes(cpu) <= timing.peak_bytes(cpu)
 
 
 def test_a_layout_longer_than_the_training_is_timed(model, monkeypatch):

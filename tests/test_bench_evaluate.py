@@ -65,7 +65,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Fed:
     stream_loss = scoring.stream_loss
 
     def watched(model: GPTNeoX, tokens: Tensor, sinks: int, window: int) -> Tensor:
-        seen.append((Layout(sinks, window), tuple(tokens.shape)))  # type: ignore[arg-type]
+        seen.append((Layout(sinks, window), tuple(tokens.shape)))
         return stream_loss(model, tokens, sinks, window)
 
     monkeypatch.setattr(scoring, "stream_loss", watched)

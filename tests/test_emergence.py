@@ -334,8 +334,8 @@ def test_ranks_but_the_first_measure_nothing(shards: Path, tmp_path: Path) -> No
 
 def test_bfloat16_copy_is_measured_only_on_cuda_under_bf16_mixed() -> None:
     network = tiny_model()
-    assert emergence._measurable(network, SimpleNamespace(precision="bf16-mixed")) is network  # type: ignore[arg-type]
-    assert emergence._measurable(network, SimpleNamespace(precision="32-true")) is network  # type: ignore[arg-type]
+    assert emergence._measurable(network, SimpleNamespace(precision="bf16-mixed")) is network
+    assert emergence._measurable(network, SimpleNamespace(precision="32-true")) is network
     twin = emergence._bfloat16_copy(network)
     assert twin.dtype == torch.bfloat16
     assert network.dtype == torch.float32

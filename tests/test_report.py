@@ -15,11 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinktrain.errors import ConfigError
-from sinktrain.report import findings, tables, wording
+from sinktrain.report import findings, wording
 from sinktrain.report.contests import differences_of, flipped, main_pairs, own_rows
+from sinktrain.report.loss_tables import difference_table, perplexity_table, removal_table
+from sinktrain.report.markdown import results_markdown
 from sinktrain.report.page import report_page
-from sinktrain.report.paper import CITATION, PERPLEXITIES
-from sinktrain.report.tables import results_markdown, terminal_table
+from sinktrain.report.paper import CITATION, PERPLEXITIES, paper_table
+from sinktrain.report.probe_tables import (
+    latency_table,
+    norms_table,
+    sink_table,
+    streameval_table,
+    verified_table,
+)
+from sinktrain.report.terminal import terminal_table
 from sinktrain.report.write import check_report_folder, write_report
 
 Results = dict[str, Any]
@@ -693,7 +702,7 @@ def test_limits_refuse_losses_of_different_tokenizers(results: Results) -> None:
 
 
 def test_paper_table_is_the_papers_and_says_where_it_stands() -> None:
-    table = tables.paper_table()
+    table = paper_table()
     assert table.header[1:5] == ["0+1024", "1+1023", "2+1022", "4+1020"]
     assert table.rows[0] == ["vanilla", "27.87", "18.49", "18.05", "18.05", "+0.410", "+0.434"]
     assert table.rows[2][1:5] == ["1,235", "18.01", "18.01", "18.02"]
@@ -707,14 +716,14 @@ def test_difference_table_shows_each_seed() -> None:
     pair = over_seeds(a_pair("sink", "vanilla", -0.012, 0.008))
     results = some_results(a_model("vanilla"), a_model("sink", 1))
     results["paired"] = [pair]
-    (row,) = tables.difference_table(results, "book.txt").rows
+    (row,) = difference_table(results, "book.txt").rows
     assert row[4] == "seeds (-0.013, -0.012, -0.011)"
     assert row[-1] == "sink is better"
 
 
 def test_difference_table_does_without_the_differences_of_unlike_seeds(results: Results) -> None:
     results["paired"] = [over_seeds(a_pair("sink", "vanilla", -0.012, 0.008)) | {"deltas": []}]
-    assert tables.difference_table(results, "book.txt").rows[0][4] == "3 seeds"
+    assert difference_table(results, "book.txt").rows[0][4] == "3 seeds"
 
 
 def test_rows_that_score_other_tokens_are_said_to(results: Results) -> None:
@@ -741,7 +750,7 @@ def test_own_rows_are_the_longest_in_the_layout_of_a_verdict(example: Results) -
 
 
 def test_removal_table_says_what_was_changed_and_whether_it_mattered(example: Results) -> None:
-    rows = tables.removal_table(example, "book.txt").rows
+    rows = removal_table(example, "book.txt").rows
     assert [(row[0], row[1], row[2], row[-1]) for row in rows] == [
         ("vanilla", "first token removed", "dense", "loses"),
         ("vanilla", "4 kept tokens made line breaks", "4+60", "no measurable difference"),
@@ -749,11 +758,11 @@ def test_removal_table_says_what_was_changed_and_whether_it_mattered(example: Re
         ("sink", "kept token made a line break", "1+63", "loses"),
     ]
     assert rows[2][5:7] == ["+1.840", "+1.800 to +1.880"]
-    assert tables.removal_table(example, "other.txt").rows == []
+    assert removal_table(example, "other.txt").rows == []
 
 
 def test_sink_table_has_each_sink_and_the_first_text_token_beside_the_untrained(example: Results) -> None:
-    table = tables.sink_table(example)
+    table = sink_table(example)
     assert [row[:2] for row in table.rows] == [
         ["vanilla", "first text token"],
         ["sink", "sink"],
@@ -771,13 +780,13 @@ def test_sink_table_has_each_sink_and_the_first_text_token_beside_the_untrained(
 
 def test_sink_table_does_without_attention_and_without_initial_weights(example: Results) -> None:
     trained = [row for row in example["sink_metric"] if row["weights"] == "trained"]
-    rows = tables.sink_table({**example, "sink_metric": trained, "sink_attention": []}).rows
+    rows = sink_table({**example, "sink_metric": trained, "sink_attention": []}).rows
     assert len(rows) == 3
     assert rows[0][3:] == ["", "64 x 100", "", "", "", "", ""]
 
 
 def test_norms_table_has_a_row_for_each_layer_with_the_untrained_in_brackets(example: Results) -> None:
-    table = tables.norms_table(example)
+    table = norms_table(example)
     assert [row[:2] for row in table.rows] == [
         [model, str(layer)] for model in ("vanilla", "sink") for layer in range(3)
     ]
@@ -792,7 +801,7 @@ def test_norms_table_has_a_row_for_each_layer_with_the_untrained_in_brackets(exa
 
 def test_streameval_table_leaves_a_distance_that_was_not_asked_empty(example: Results) -> None:
     results = {**example, "streameval": example["streameval"][:-1]}
-    table = tables.streameval_table(results)
+    table = streameval_table(results)
     assert len(table.rows) == 2 * 2 * 3
     assert table.header[4:] == ["one line", "2 lines", "4 lines", "8 lines", "16 lines"]
     assert table.rows[0][:5] == ["streameval", "vanilla", "4+60", "1.0%", "84% (78% to 88%)"]
@@ -800,7 +809,7 @@ def test_streameval_table_leaves_a_distance_that_was_not_asked_empty(example: Re
 
 
 def test_latency_table_has_one_row_for_dense_whose_window_grows(example: Results) -> None:
-    table = tables.latency_table(example)
+    table = latency_table(example)
     assert [row[1] for row in table.rows[:4]] == ["4+60", "4+28", "dense", "recompute 64"]
     assert table.header[3:7] == ["at 256, ms", "at 1,024, ms", "at 4,096, ms", "at 16,384, ms"]
     dense, recompute = table.rows[2], table.rows[3]
@@ -810,14 +819,14 @@ def test_latency_table_has_one_row_for_dense_whose_window_grows(example: Results
 
 
 def test_verified_table_has_every_check(example: Results) -> None:
-    table = tables.verified_table(example)
+    table = verified_table(example)
     assert len(table.rows) == len(example["verified"])
     first = example["verified"][0]
     assert table.rows[0][4:] == [f"{first['max_logit_diff']:.1e}", "float32"]
 
 
 def test_recompute_rows_of_several_lengths_have_columns_of_their_own(example: Results) -> None:
-    table = tables.perplexity_table(example, "book.txt")
+    table = perplexity_table(example, "book.txt")
     assert table.header[-3:] == ["recompute 32", "recompute 64", "dense"]
     assert all(all(row) for row in table.rows)
 

@@ -176,7 +176,7 @@ for name in ("torch", "lightning", "transformers"):
     sys.modules[name] = None
 from pathlib import Path
 from sinktrain.report.reading import read_results
-from sinktrain.report.tables import terminal_table
+from sinktrain.report.terminal import terminal_table
 from sinktrain.report.write import write_report
 results = read_results(Path(sys.argv[1]))
 write_report(results, Path(sys.argv[2]))

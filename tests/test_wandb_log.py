@@ -22,7 +22,7 @@ class StandIn(ModuleType):
     """Keeps what it is given, under wandb's names."""
 
     class Error(Exception):
-        pass
+        """What wandb raises."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

@@ -27,7 +27,7 @@ from sinktrain.evaluation.pieces import cut_pieces, spread, with_sinks
 from sinktrain.evaluation.statistics import paired_difference
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.streaming.blockwise import stream_loss
-from sinktrain.streaming.layout import Layout
+from sinktrain.streaming.layout import VANILLA_SINKS, Layout
 
 Row = dict[str, Any]
 
@@ -36,9 +36,6 @@ MAX_TOKENS = 2**15
 
 FIRST_SCORED = 8
 """Of a window's text tokens in the removed test: before it, a missing token is also missing context."""
-
-PAPER_SINKS = 4
-"""First tokens that the paper keeps and exchanges."""
 
 TOKENS_AT_ONCE = 2**13
 
@@ -70,7 +67,7 @@ def removal_rows(
     chosen = _some_of(streams, first_scored, max_tokens)
     needed = max(1, len(model.sink_ids))
     for layout in dict.fromkeys(layouts):
-        if layout.sinks in (needed, PAPER_SINKS):
+        if layout.sinks in (needed, VANILLA_SINKS):
             rows += _replaced(model, chosen, layout, first_scored, newline_ids[0])
     return rows
 

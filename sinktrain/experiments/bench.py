@@ -22,7 +22,14 @@ from tqdm import tqdm
 
 from sinktrain.errors import ConfigError, SinktrainError, did_you_mean, first_line
 from sinktrain.evaluation.latency import with_positions
-from sinktrain.evaluation.timing import check_timed
+from sinktrain.evaluation.timing import (
+    check_timed,
+    held_bytes,
+    peak_bytes,
+    release_memory,
+    reset_peak,
+    times_ms,
+)
 from sinktrain.experiments.contenders import (
     MATMULS,
     OVERFILL_TOKENS,
@@ -35,15 +42,7 @@ from sinktrain.experiments.contenders import (
     step_bytes,
     step_contender,
 )
-from sinktrain.experiments.machine import (
-    copy_bandwidth,
-    environment,
-    held_bytes,
-    peak_bytes,
-    release_memory,
-    reset_peak,
-    times_ms,
-)
+from sinktrain.experiments.machine import copy_bandwidth, environment
 from sinktrain.experiments.peers import PEERS, Peer, RecomputePeer
 from sinktrain.model.checkpoints import describe, load_model
 from sinktrain.model.config import PYTHIA, ModelConfig

@@ -1,7 +1,4 @@
-"""The machine that a benchmark runs on: what its memory and its matrix units can do, and its name.
-
-Its clock and its memory are ``sinktrain.evaluation.timing``'s, handed on here.
-"""
+"""The machine that a benchmark runs on: what its memory and its matrix units can do, and its name."""
 
 from __future__ import annotations
 
@@ -14,26 +11,8 @@ from typing import Any
 import torch
 
 from sinktrain import __version__
-from sinktrain.evaluation.timing import (
-    device_name,
-    held_bytes,
-    peak_bytes,
-    release_memory,
-    reset_peak,
-    times_ms,
-)
+from sinktrain.evaluation.timing import device_name, times_ms
 from sinktrain.progress import progress_bar
-
-__all__ = [
-    "copy_bandwidth",
-    "environment",
-    "held_bytes",
-    "matmul_flops",
-    "peak_bytes",
-    "release_memory",
-    "reset_peak",
-    "times_ms",
-]
 
 COPY_BYTES, NUM_COPIES = 2**30, 20
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}

@@ -20,9 +20,7 @@ from sinktrain.report.wording import (
     sign,
     size_text,
 )
-
-VANILLA_SLOTS = 4
-"""What a model without sink tokens is streamed with: StreamingLLM's choice, made before any measurement."""
+from sinktrain.streaming.layout import VANILLA_SINKS
 
 INTERVALS = ("seeds", "text")
 """Of ``paired[]``, the one that says more about training first."""
@@ -102,10 +100,10 @@ def deciding_pairs(results: Results) -> Pairs:
 def own_rows(results: Results, rows: Iterable[Row]) -> list[Row]:
     """Of each model and policy, the rows of the greatest length; streaming in the layout of a verdict.
 
-    That is as many slots as the model has sinks, or ``VANILLA_SLOTS``; the most there are where it lacks.
+    That is as many slots as the model has sinks, or ``VANILLA_SINKS``; the most there are where it lacks.
     """
     rows = list(rows)
-    wanted = {model["name"]: num_sinks(model) or VANILLA_SLOTS for model in results["models"]}
+    wanted = {model["name"]: num_sinks(model) or VANILLA_SINKS for model in results["models"]}
     layouts: dict[tuple[str, str], set[tuple[int, int]]] = {}
     for row in rows:
         layouts.setdefault((row["model"], row["policy"]), set()).add((num_slots(row), row["sinks"]))
@@ -229,7 +227,7 @@ def contests_of(results: Results, subjects: Sequence[Subject]) -> list[Contest]:
 
 def _contest_pairs(results: Results, subject: Subject, base: Subject) -> Pairs:
     """Pairs in each one's own layout if there are any, otherwise in one layout that keeps what both need."""
-    own = (subject.num_sinks or VANILLA_SLOTS, base.num_sinks or VANILLA_SLOTS)
+    own = (subject.num_sinks or VANILLA_SINKS, base.num_sinks or VANILLA_SINKS)
     most = max(1, subject.num_sinks, base.num_sinks)
     for interval, length in itertools.product(INTERVALS, lengths_of(results)):
         for a_sinks, b_sinks in (own, (max(own),) * 2, (most,) * 2):

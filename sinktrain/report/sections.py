@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from sinktrain.report import findings, tables, wording
+from sinktrain.report import findings, wording
 from sinktrain.report.contests import main_pairs
 from sinktrain.report.figures import differences, heat, inside, losses, streams
 from sinktrain.report.figures.source import all_texts, drawn_models
 from sinktrain.report.figures.spec import Figure
 from sinktrain.report.glossary import WORDS
-from sinktrain.report.loss_tables import bits_cell, pair_table
+from sinktrain.report.loss_tables import (
+    bits_cell,
+    difference_table,
+    measurement_table,
+    pair_table,
+    perplexity_cell,
+    perplexity_cells,
+    removal_table,
+)
 from sinktrain.report.markup import bullets, closed, html_text, plots, soft, table_html
-from sinktrain.report.paper import CITATION
+from sinktrain.report.paper import CITATION, paper_table
+from sinktrain.report.probe_tables import (
+    latency_table,
+    norms_table,
+    sink_table,
+    streameval_table,
+    verified_table,
+)
+from sinktrain.report.setting_tables import environment_table, model_table
 from sinktrain.report.wording import Results, Row
 
 Section = tuple[str, str]  # heading, HTML
@@ -50,13 +66,11 @@ def _perplexity_section(results: Results, text: str) -> Section | None:
         closed(
             "The paper's own figures, for reference",
             soft(f"{CITATION}."),
-            table_html(tables.paper_table(), "Perplexities in the paper"),
+            table_html(paper_table(), "Perplexities in the paper"),
             is_open=text == findings.texts(results)[0],
         ),
         plots(losses.loss_figures(results, text)),
-        closed(
-            "All measurements", table_html(tables.measurement_table(results, text), f"Measured on {text}")
-        ),
+        closed("All measurements", table_html(measurement_table(results, text), f"Measured on {text}")),
     ]
     return f"Perplexity on {text}", "".join(parts)
 
@@ -68,8 +82,8 @@ def _perplexity_table(results: Results, text: str, length: int) -> str:
     ]
     chosen = {**results, "perplexity": rows}
     second = _interval_cell if findings.has_one_tokenizer(results) else bits_cell
-    upper = tables.perplexity_cells(chosen, text, tables.perplexity_cell)
-    lower = tables.perplexity_cells(chosen, text, second)
+    upper = perplexity_cells(chosen, text, perplexity_cell)
+    lower = perplexity_cells(chosen, text, second)
     cells = [
         [html_text(above[0]), *(f"{a}<small>{b}</small>" for a, b in zip(above[1:], below[1:], strict=True))]
         for above, below in zip(upper.rows, lower.rows, strict=True)
@@ -82,7 +96,7 @@ def _interval_cell(row: Row) -> str:
 
 
 def _difference_section(results: Results, text: str) -> Section | None:
-    every = tables.difference_table(results, text)
+    every = difference_table(results, text)
     if not every.rows:
         return None
     figures = [
@@ -125,7 +139,7 @@ def _removal_section(results: Results) -> Section | None:
         figures = streams.removal_figures(results, text)
         if not figures:
             continue
-        table = table_html(tables.removal_table(results, text), f"Removal and replacement on {text}")
+        table = table_html(removal_table(results, text), f"Removal and replacement on {text}")
         parts += [plots(figures), closed(f"Removal and replacement on {text} in numbers", table)]
     return ("Removal and replacement", soft(words) + "".join(parts)) if parts else None
 
@@ -137,9 +151,7 @@ def _inside_section(results: Results) -> Section | None:
     parts = []
     if metric := inside.metric_figures(results):
         words = "Filled: trained. Open: the same network before training. Stars: the model's own sinks."
-        summary = closed(
-            "Sinks in numbers", table_html(tables.sink_table(results), "Sinks inside the models")
-        )
+        summary = closed("Sinks in numbers", table_html(sink_table(results), "Sinks inside the models"))
         parts += ["<h3>The sink metric</h3>", soft(words), plots(metric), summary]
     heats = [
         plots(heat.heat_figures(results, model))
@@ -151,7 +163,7 @@ def _inside_section(results: Results) -> Section | None:
         parts += ["<h3>Attention by layer and head</h3>", soft(words + _one_seed(results)), *heats]
     if norms := inside.norm_figures(results):
         words = "Outliers sit where the sink is: sizes with the first position and without it."
-        summary = closed("Sizes in numbers", table_html(tables.norms_table(results), "Norms and outliers"))
+        summary = closed("Sizes in numbers", table_html(norms_table(results), "Norms and outliers"))
         parts += ["<h3>Sizes by layer</h3>", soft(words + _one_seed(results)), plots(norms), summary]
     return ("Inside the models", "".join(parts)) if parts else None
 
@@ -161,18 +173,14 @@ def _recall_section(results: Results) -> Section | None:
         "Questions about a line some way back in the stream. What the window has dropped cannot be known: "
         "past it, accuracy is chance. A sink keeps a stream stable; it is no memory."
     )
-    summary = closed(
-        "Accuracies by line", table_html(tables.streameval_table(results), "Accuracy by distance")
-    )
+    summary = closed("Accuracies by line", table_html(streameval_table(results), "Accuracy by distance"))
     words += _one_seed(results)
     return _plotted("What a stream remembers", words, streams.recall_figures(results), after=summary)
 
 
 def _cost_section(results: Results) -> Section | None:
     words = "One token at a time, after as many tokens as the axis says." + _one_seed(results)
-    summary = closed(
-        "Time and memory in numbers", table_html(tables.latency_table(results), "Time and memory")
-    )
+    summary = closed("Time and memory in numbers", table_html(latency_table(results), "Time and memory"))
     return _plotted("Time and memory", words, streams.cost_figures(results), after=summary)
 
 
@@ -199,7 +207,7 @@ def _reading(results: Results) -> str:
 
 
 def _settings(results: Results) -> str:
-    parts = [table_html(tables.model_table(results), "Models")]
+    parts = [table_html(model_table(results), "Models")]
     if results["failed"]:
         parts += ["<h3>Not measured</h3>", bullets(findings.failures(results))]
     if command := results["environment"].get("command"):
@@ -209,9 +217,9 @@ def _settings(results: Results) -> str:
         ]
     rest = {name: value for name, value in results["environment"].items() if name != "command"}
     if rest:
-        environment = tables.environment_table({**results, "environment": rest})
+        environment = environment_table({**results, "environment": rest})
         parts += ["<h3>Environment</h3>", table_html(environment, "Environment")]
-    verified = tables.verified_table(results)
+    verified = verified_table(results)
     if verified.rows:
         words = "Blockwise evaluation against stepping token by token"
         parts.append(closed(words, table_html(verified, words)))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from sinktrain.report.contests import (
-    VANILLA_SLOTS,
     Contest,
     Eviction,
     Subject,
@@ -31,6 +30,7 @@ from sinktrain.report.wording import (
     share_text,
     sides,
 )
+from sinktrain.streaming.layout import VANILLA_SINKS
 
 MOST_IN_FULL = 3
 """Models that a sentence speaks of one by one; of more it gives counts and extremes."""
@@ -174,7 +174,7 @@ def _unpaired_clause(results: Results, subject: Subject, base: Subject) -> str:
 def _bits_words(results: Results, subject: Subject, text: str) -> str:
     """``1.512 (1+63)`` in its own layout at the greatest length; nothing where it is not known."""
     for length in lengths_of(results):
-        for sinks in (subject.num_sinks or VANILLA_SLOTS, max(1, subject.num_sinks)):
+        for sinks in (subject.num_sinks or VANILLA_SINKS, max(1, subject.num_sinks)):
             side = streaming_side("", sinks, length)
             bits = [
                 row["bits_per_byte"]
