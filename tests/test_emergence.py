@@ -27,8 +27,8 @@ from sinktrain.model.checkpoints import load_model
 from sinktrain.model.config import SinkConfig
 from sinktrain.streaming.blockwise import stream_loss
 from sinktrain.streaming.layout import Layout
-from sinktrain.training.callbacks import Metrics
 from sinktrain.training.fit import fit
+from sinktrain.training.metrics import Metrics
 from sinktrain.training.metrics_table import COLUMNS, MetricsTable
 from sinktrain.training.module import Pretraining
 from sinktrain.training.settings import StreamingSettings
@@ -261,7 +261,7 @@ def test_its_time_is_logged_told_once_if_too_much_and_not_counted_in_the_speed(
         return real(*arguments)
 
     monkeypatch.setattr(emergence, "measure_emergence", measure_slowly)
-    for module in ("sinktrain.training.callbacks", "sinktrain.experiments.emergence"):
+    for module in ("sinktrain.training.metrics", "sinktrain.experiments.emergence"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(perf_counter=clock))
     run = train("run", "--streaming.every_n_steps", "3", "--trainer.log_every_n_steps", "2")
     shares = measured(run, "stream/time_share")

@@ -22,11 +22,12 @@ from sinktrain.errors import ConfigError
 from sinktrain.model.checkpoints import load_model
 from sinktrain.model.config import PYTHIA, NetworkConfig, SinkConfig
 from sinktrain.training import settings
-from sinktrain.training.callbacks import LAST
 from sinktrain.training.configs import config_folder, default_run, find_config
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining, arm_name
+from sinktrain.training.saving import LAST
 from sinktrain.training.settings import TrainingCLI
+from sinktrain.training.step import Stepper
 
 
 def checkpoint(run: Path, name: str = LAST) -> dict[str, Any]:
@@ -87,16 +88,9 @@ def module_of(
 
 
 def one_step(module: Pretraining, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Loss of one training step, which leaves its unclipped gradient on the parameters and changes none."""
-    optimizer = module.configure_optimizers()
-    monkeypatch.setattr(optimizer, "zero_grad", lambda set_to_none: None)
-    monkeypatch.setattr(optimizer, "step", lambda: None)
-    monkeypatch.setattr(module, "optimizers", lambda: optimizer)
+    """Loss of one training step's share of a batch, whose gradient it leaves on the parameters."""
     monkeypatch.setattr(module, "manual_backward", torch.Tensor.backward)
-    monkeypatch.setattr("sinktrain.training.module.clip_grad_norm_", lambda parameters, norm: torch.zeros(()))
-    module.training_step(windows, 0)
-    assert module.train_loss is not None
-    return float(module.train_loss)
+    return float(Stepper(module).accumulate(windows))
 
 
 def random_windows() -> torch.Tensor:
@@ -341,12 +335,12 @@ def test_last_always_names_a_whole_checkpoint_while_saving(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each rename, deletion and flush, what ``last.ckpt`` names can be loaded."""
-    from sinktrain.training import callbacks
+    from sinktrain.training import saving
 
     looked: list[str] = []
 
     def watched(name: str) -> None:
-        real = getattr(callbacks, name)
+        real = getattr(saving, name)
 
         def look(path: Path, *more: Any) -> Any:
             last = next(parent / LAST for parent in Path(path).parents if parent.name == "checkpoints")
@@ -357,7 +351,7 @@ def test_last_always_names_a_whole_checkpoint_while_saving(
                 looked.append(name)
             return real(path, *more)
 
-        monkeypatch.setattr(callbacks, name, look)
+        monkeypatch.setattr(saving, name, look)
 
     watched("_discard")
     train("run")

@@ -57,8 +57,8 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(
 
     def step(optimizer: torch.optim.AdamW, closure: Any = None) -> Any:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
-        return real(optimizer, closure)
+        real(optimizer, closure)
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))  # clipped as they were read
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     run = train("run", "--model.clip_norm", "0.25", "--trainer.max_steps", "4")
@@ -130,14 +130,14 @@ def test_lightning_sees_one_batch_a_step_whatever_the_micro_batch(
 ) -> None:
     """Trap 7: Lightning broadcasts and waits for the device once a batch. So a batch is a whole step."""
     accumulated: list[int] = []
-    backward = Pretraining._backward
+    mean_loss = Pretraining.mean_loss
 
     def count(module: Pretraining, windows: torch.Tensor, rows: int) -> torch.Tensor:
         accumulated.append(len(windows))
         assert module.trainer.accumulate_grad_batches == 1
-        return backward(module, windows, rows)
+        return mean_loss(module, windows, rows)
 
-    monkeypatch.setattr(Pretraining, "_backward", count)
+    monkeypatch.setattr(Pretraining, "mean_loss", count)
     train("run", "--data.micro_batch", "2")
     assert [(batch, step) for batch, step, _ in seen] == [(number, number) for number in range(12)]
     assert accumulated == [2] * 4 * 12

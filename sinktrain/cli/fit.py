@@ -43,8 +43,8 @@ def fit(arguments: list[str]) -> int:
         print(FIT_HELP)
         return 0
     from sinktrain.experiments.emergence import streaming_gaps
-    from sinktrain.training.callbacks import Stopped
     from sinktrain.training.fit import fit as train
+    from sinktrain.training.stopping import Stopped
 
     try:
         train(_full_help(arguments), streaming_gaps)

@@ -29,7 +29,7 @@ from sinktrain.evaluation.telemetry import METRIC_EPS, METRIC_SEQ_LEN, METRIC_SE
 from sinktrain.model.checkpoints import empty_model
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.streaming.layout import Layout, default_layouts, parse_layouts
-from sinktrain.training.callbacks import Metrics
+from sinktrain.training.metrics import Metrics
 from sinktrain.training.module import Pretraining
 from sinktrain.training.settings import StreamingSettings, TrainingCLI
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sinktrain.model.devices import has_fast_path
 from sinktrain.model.rotary import angle_dtype, apply_rotary, rotary_angles
 
 
@@ -39,6 +40,10 @@ class CausalAttention:
         self.cos, self.sin = rotary_angles(rotary_pos, rotary_steps, angle_dtype(dtype))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = apply_rotary(q, self.cos, self.sin)
-        k = apply_rotary(k, self.cos, self.sin)
+        if has_fast_path(q):
+            from sinktrain.model.fused import rotate
+
+            q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        else:
+            q, k = apply_rotary(q, self.cos, self.sin), apply_rotary(k, self.cos, self.sin)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -10,9 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sinktrain.model.attention import Attend, CausalAttention
 from sinktrain.model.config import ModelConfig, NetworkConfig
+from sinktrain.model.devices import compute_dtype
+from sinktrain.model.loss import summed_loss
 from sinktrain.model.rotary import phase_steps
 
 
@@ -26,6 +29,8 @@ class GPTNeoX(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputes_activations = False
+        """Whether a layer's activations are computed again in the backward pass instead of kept."""
         self.rotary_steps: Tensor
         steps = phase_steps(config.network.rotary_ndims, config.network.rotary_emb_base)
         self.register_buffer("rotary_steps", steps, persistent=False)
@@ -44,16 +49,25 @@ class GPTNeoX(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_out.weight.dtype
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Dense causal logits: int64[batch, seq] -> float[batch, seq, vocab]."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Dense causal logits: int64[batch, seq] -> float[batch, seq, vocab].
+
+        With targets, int64[batch, seq], their ``summed_loss`` instead.
+        """
         attend = CausalAttention(self.rotary_steps, tokens.shape[1], self.dtype)
-        return self.logits(self.hidden(tokens, attend))
+        hidden = self.hidden(tokens, attend)
+        return self.logits(hidden) if targets is None else summed_loss(hidden, self.embed_out.weight, targets)
 
     def hidden(self, tokens: Tensor, attend: Attend) -> Tensor:
         """States before the head: int64[batch, seq] -> float[batch, seq, hidden]."""
         hidden = self.gpt_neox.embed_in(tokens)
+        hidden = hidden.to(compute_dtype(hidden))
+        recompute = self.recomputes_activations and torch.is_grad_enabled()
         for index, layer in enumerate(self.gpt_neox.layers):
-            hidden = layer(hidden, index, attend)
+            if recompute:
+                hidden = checkpoint(layer, hidden, index, attend, use_reentrant=False)
+            else:
+                hidden = layer(hidden, index, attend)
         states: Tensor = self.gpt_neox.final_layer_norm(hidden)
         return states
 

@@ -14,10 +14,10 @@ from sinktrain.data.tokenizer import TOKENIZER_FILE
 from sinktrain.errors import ConfigError
 from sinktrain.files import write_text
 from sinktrain.model.checkpoints import checkpoint_facts, empty_model
-from sinktrain.training.callbacks import Stopped
 from sinktrain.training.module import arm_name
 from sinktrain.training.run import differences
 from sinktrain.training.settings import MoreCallbacks, TrainingCLI
+from sinktrain.training.stopping import Stopped
 
 
 def fit(args: list[str], measures: MoreCallbacks | None = None) -> None:

@@ -18,6 +18,7 @@ COLUMNS = (
     "grad_norm",
     "tokens_seen",
     "tokens_per_s",
+    "skipped_steps",
     "data_wait",
     "mfu",
     "mfu_causal",

@@ -8,14 +8,12 @@ and a run continues on another number of devices or with other micro-batches wit
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from sinktrain import __version__
 from sinktrain.data.datamodule import WindowData
@@ -24,10 +22,10 @@ from sinktrain.errors import ConfigError
 from sinktrain.model.checkpoints import CHECKPOINT_KEY, FORMAT_VERSION, load_model
 from sinktrain.model.config import ModelConfig, NetworkConfig, SinkConfig
 from sinktrain.model.init import initialize
-from sinktrain.model.loss import token_losses
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.training.optim import adamw, parameter_groups
 from sinktrain.training.schedule import Schedule
+from sinktrain.training.step import Stepper, fast_attention
 
 
 class Pretraining(pl.LightningModule):
@@ -45,7 +43,12 @@ class Pretraining(pl.LightningModule):
         betas: AdamW's.
         eps: AdamW's.
         clip_norm: largest norm of the gradient.
+        spike_sigma: a step is skipped whose loss is so many standard deviations above the mean of the
+            last 128; when null only one whose loss or gradient is not finite.
+        max_skipped_steps: steps skipped in a row after which training stops.
         compile: compile the network in place; on CUDA only when null.
+        recompute_activations: keep no activations inside layers, but compute them again in the backward
+            pass: a third more work in a fraction of the memory.
         init_from: a MODEL whose weights training starts from, instead of Pythia's initialisation.
         seed: of the initialisation; ``seed_everything``.
     """
@@ -65,12 +68,16 @@ class Pretraining(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         clip_norm: float = 1.0,
+        spike_sigma: float | None = 6.0,
+        max_skipped_steps: int = 16,
         compile: bool | None = None,
+        recompute_activations: bool = False,
         init_from: str | None = None,
         seed: int = 1234,
     ) -> None:
         super().__init__()
         _check_recipe(learning_rate, min_lr_ratio, weight_decay, betas, eps, clip_norm)
+        _check_skipping(spike_sigma, max_skipped_steps)
         self.automatic_optimization = False
         self.network_config = network
         self.sink = sink
@@ -83,14 +90,15 @@ class Pretraining(pl.LightningModule):
         self.betas = betas
         self.eps = eps
         self.clip_norm = clip_norm
+        self.spike_sigma = spike_sigma
+        self.max_skipped_steps = max_skipped_steps
         self.should_compile = compile
+        self.recompute_activations = recompute_activations
         self.init_from = init_from
         self.seed = seed
         self.network = None
-        self.token_losses = token_losses
-        self.train_loss: Tensor | None = None
-        self.grad_norm: Tensor | None = None
-        self._rng: dict[str, Any] | None = None
+        self._stepper: Stepper | None = None
+        self._resumed: dict[str, Any] = {}
 
     # -- the model --------------------------------------------------------------------------------
 
@@ -116,13 +124,13 @@ class Pretraining(pl.LightningModule):
             self.network.load_state_dict(load_model(self.init_from).state_dict())
         else:
             initialize(self.network, self.seed)
+        self.network.recomputes_activations = self.recompute_activations
         use_cuda = self.trainer.strategy.root_device.type == "cuda"
         if self.should_compile or (self.should_compile is None and use_cuda):
             self.network.compile(dynamic=False)
-            self.token_losses = torch.compile(token_losses, dynamic=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self._network, self.learning_rate, self.weight_decay, self.betas, self.eps)
+        return adamw(self.require_network, self.learning_rate, self.weight_decay, self.betas, self.eps)
 
     @property
     def schedule(self) -> Schedule:
@@ -139,36 +147,28 @@ class Pretraining(pl.LightningModule):
 
     def training_step(self, windows: Tensor, batch_idx: int) -> None:
         """One optimizer step on this rank's share of a global batch: int64[rows, seq + 1]."""
-        optimizer = cast(torch.optim.Optimizer, self.optimizers())
-        for group in optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate(self.trainer.global_step)
-        micro_batches = torch.split(windows, self._data.rows_at_once)
-        losses = []
-        for number, micro_batch in enumerate(micro_batches):
-            is_last = number == len(micro_batches) - 1
-            with nullcontext() if is_last else self._no_gradient_sync():
-                losses.append(self._backward(micro_batch, len(windows)))
-        self.train_loss = torch.stack(losses).sum()
-        self.grad_norm = clip_grad_norm_(self._network.parameters(), self.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.stepper(windows, self.schedule.learning_rate(self.trainer.global_step))
 
-    def _backward(self, windows: Tensor, rows_in_step: int) -> Tensor:
-        """Add a micro-batch's share to the gradient; returns its share of the step's mean loss."""
+    def mean_loss(self, windows: Tensor, rows: int) -> Tensor:
+        """What a micro-batch adds to the mean loss of its rank's ``rows`` samples, in nats: float[]."""
         inputs, targets = self._inputs_and_targets(windows)
         scored_each = targets.shape[1] - max(0, self.sink.count - self._data.score_sink)
-        losses = self.token_losses(self._network(inputs), targets)
-        loss = losses.sum() / (rows_in_step * scored_each)
-        self.manual_backward(loss)
-        return loss.detach()
+        summed: Tensor = self.require_network(inputs, targets)
+        return summed / (rows * scored_each)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Samples of a micro-batch."""
+        return self._data.rows_at_once
+
+    @property
+    def stepper(self) -> Stepper:
+        assert self._stepper is not None, "training has not started"
+        return self._stepper
 
     def _inputs_and_targets(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        sink_ids = torch.tensor(self._network.sink_ids, dtype=windows.dtype, device=windows.device)
+        sink_ids = torch.tensor(self.require_network.sink_ids, dtype=windows.dtype, device=windows.device)
         return insert_sinks(windows, sink_ids, self._data.score_sink)
-
-    def _no_gradient_sync(self) -> AbstractContextManager[None]:
-        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        return cast(AbstractContextManager[None], block())
 
     # -- held-out loss ----------------------------------------------------------------------------
 
@@ -182,8 +182,9 @@ class Pretraining(pl.LightningModule):
         is_shared = torch.zeros_like(targets, dtype=torch.bool)
         is_shared[:, shared_targets(targets.shape[1], self.sink.count)] = True
         scored = targets.masked_fill(~(is_shared & is_real[:, None]), IGNORED)
-        losses = self.token_losses(self._network(inputs), scored)
-        self._val_sum += torch.stack((losses.sum(dtype=torch.float64), (scored != IGNORED).sum()))
+        with fast_attention():
+            loss = self.require_network(inputs, scored)
+        self._val_sum += torch.stack((loss.to(torch.float64), (scored != IGNORED).sum()))
 
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self._val_sum, reduce_op="sum")
@@ -197,33 +198,38 @@ class Pretraining(pl.LightningModule):
         checkpoint[CHECKPOINT_KEY] = {
             "format_version": FORMAT_VERSION,
             "code_version": __version__,
-            "model": self._network.config.to_dict(),
+            "model": self.require_network.config.to_dict(),
             "arm": arm_name(self.sink),
             "seed": self.seed,
             "data_fingerprint": data.manifest.fingerprint,
             "samples_consumed": data.samples_consumed,
             "tokens_seen": data.samples_consumed * data.seq_len,
             "rng": _rng_state(),
+            "guard": self.stepper.guard.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng = checkpoint[CHECKPOINT_KEY]["rng"]
+        self._resumed = checkpoint[CHECKPOINT_KEY]
 
     def on_train_start(self) -> None:
-        if self._rng is not None:
-            _restore_rng(self._rng)
+        make_stepper = getattr(self.trainer.strategy, "stepper", Stepper)
+        self._stepper = make_stepper(self)
+        if self._resumed:
+            _restore_rng(self._resumed["rng"])
+            if "guard" in self._resumed:  # not written before version 0.5
+                self.stepper.guard.load_state_dict(self._resumed["guard"])
         self._apply_optimizer_settings()
 
     def _apply_optimizer_settings(self) -> None:
         """Let the settings win over those that an optimizer's state brought from a checkpoint."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         for group, fresh in zip(
-            optimizer.param_groups, parameter_groups(self._network, self.weight_decay), strict=True
+            optimizer.param_groups, parameter_groups(self.require_network, self.weight_decay), strict=True
         ):
             group.update(weight_decay=fresh["weight_decay"], betas=self.betas, eps=self.eps)
 
     @property
-    def _network(self) -> GPTNeoX:
+    def require_network(self) -> GPTNeoX:
         assert self.network is not None, "configure_model has not run"
         return self.network
 
@@ -251,6 +257,13 @@ def _check_recipe(
     found = [problem for problem, is_good in problems.items() if not is_good]
     if found:
         raise ConfigError("; ".join(found))
+
+
+def _check_skipping(spike_sigma: float | None, max_skipped_steps: int) -> None:
+    if spike_sigma is not None and spike_sigma <= 0:
+        raise ConfigError(f"model.spike_sigma is {spike_sigma}; use more than 0, or null to skip no spikes")
+    if max_skipped_steps < 1:
+        raise ConfigError(f"model.max_skipped_steps is {max_skipped_steps}; use 1 or more")
 
 
 def arm_name(sink: SinkConfig) -> str:

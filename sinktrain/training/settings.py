@@ -20,11 +20,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sinktrain.data.datamodule import WindowData
 from sinktrain.errors import ConfigError, did_you_mean
-from sinktrain.training.callbacks import Checkpoints, CheckpointSettings, Metrics, ProgressBar, StopOnSignal
 from sinktrain.training.configs import default_run, with_config_paths
+from sinktrain.training.metrics import Metrics, ProgressBar
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining
 from sinktrain.training.run import RunFolder
+from sinktrain.training.saving import Checkpoints, CheckpointSettings
+from sinktrain.training.stopping import StopOnSignal
 
 TRAINER_DEFAULTS = {
     "accelerator": "auto",
