@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sinktrain.model.devices import has_fast_path
+from sinktrain.model.devices import compute_dtype, has_fast_path
 from sinktrain.model.rotary import angle_dtype, apply_rotary, rotary_angles
 
 
@@ -47,3 +47,24 @@ class CausalAttention:
         else:
             q, k = apply_rotary(q, self.cos, self.sin), apply_rotary(k, self.cos, self.sin)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def from_input(self, x: Tensor, projection: nn.Linear, num_heads: int) -> Tensor | None:
+        """The same from a layer's normalised input, in one piece, where training has that; else None.
+
+        Args:
+            x: float[batch, seq, hidden].
+            projection: to queries, keys and values, interleaved per head.
+
+        Returns:
+            float[batch, seq, hidden].
+        """
+        dtype = compute_dtype(x)
+        if not (torch.is_grad_enabled() and has_fast_path(x)) or projection.bias is None:
+            return None
+        from sinktrain.model.fused_attention import is_served, projected_attention
+
+        if not is_served(x.device, dtype, x.shape[-1] // num_heads, self.cos.shape[-1]):
+            return None
+        weights = projection.weight, projection.bias
+        mixed: Tensor = projected_attention(x.to(dtype), *weights, self.cos, self.sin, num_heads)[0]
+        return mixed

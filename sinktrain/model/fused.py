@@ -14,9 +14,12 @@ from torch import Tensor
 
 from sinktrain.data.windows import IGNORED
 from sinktrain.model import kernels
+from sinktrain.model.devices import add_product
 
 LOGITS_BYTES = 2**30
 """Logits held at once."""
+CHUNK_ROWS = 256
+"""Chunks are multiples of these, so that matrix products have whole tiles."""
 SOFTMAX_BLOCK, SOFTMAX_WARPS = 8192, 16
 
 
@@ -36,7 +39,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
     half = cos.shape[-1] // 2
     kernels.rotate_heads[(batch * seq,)](
         x, cos, sin, out, x.stride(0), x.stride(2), x.stride(1), seq, heads, sign,
-        half, triton.next_power_of_2(half), head_dim, triton.next_power_of_2(head_dim),
+        half, max(1, triton.next_power_of_2(half)), head_dim, triton.next_power_of_2(head_dim),
         triton.next_power_of_2(heads),
         num_warps=1 if heads * head_dim <= 1024 else 2,
     )  # fmt: skip
@@ -101,10 +104,7 @@ def linear_loss_and_gradients(
         logits = hidden[rows] @ head.t()
         _softmax(logits, targets[rows], losses[rows], with_gradient=True)  # its gradient, from here on
         torch.mm(logits, head, out=to_hidden[rows])
-        if hidden.dtype == torch.float32:
-            to_weight.addmm_(logits.t(), hidden[rows])
-        else:
-            torch.addmm(to_weight, logits.t(), hidden[rows], out_dtype=torch.float32, out=to_weight)
+        add_product(to_weight, logits.t(), hidden[rows])
     return losses.sum(), to_hidden, to_weight
 
 
@@ -112,7 +112,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Rows, as evenly as they divide, whose logits fit into ``LOGITS_BYTES``."""
     num_bytes = len(hidden) * len(weight) * hidden.element_size()
     rows = triton.cdiv(len(hidden), triton.cdiv(num_bytes, LOGITS_BYTES))
-    rows = triton.cdiv(rows, 256) * 256
+    rows = triton.cdiv(rows, CHUNK_ROWS) * CHUNK_ROWS
     return [slice(first, first + rows) for first in range(0, len(hidden), rows)]
 
 
@@ -144,7 +144,8 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _scale_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
     to_hidden, to_weight = ctx.saved_tensors
-    return to_hidden * upstream.to(to_hidden.dtype), (to_weight * upstream).to(ctx.weight_dtype), None
+    scaled = to_hidden.float() * upstream  # upstream itself is not rounded: that would scale all of it
+    return scaled.to(to_hidden.dtype), (to_weight * upstream).to(ctx.weight_dtype), None
 
 
 linear_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)

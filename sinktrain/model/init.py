@@ -1,8 +1,9 @@
-"""Pythia's initialisation, drawn in a fixed order from one seed, alike in every arm.
+"""What a network starts with: Pythia's initialisation, or another model's weights.
 
-Source: EleutherAI/gpt-neox ``megatron/model/init_functions.py`` (small_init_init_method and
-wang_init_method), as ``models/*/*.yml`` of EleutherAI/pythia choose them. transformers' default
-(normal, 0.02) is another one, and so is litgpt's (EleutherAI/pythia issue 129).
+Pythia's is drawn in a fixed order from one seed, alike in every arm. Source: EleutherAI/gpt-neox
+``megatron/model/init_functions.py`` (small_init_init_method and wang_init_method), as ``models/*/*.yml``
+of EleutherAI/pythia choose them. transformers' default (normal, 0.02) is another one, and so is litgpt's
+(EleutherAI/pythia issue 129).
 """
 
 from __future__ import annotations
@@ -42,3 +43,19 @@ def initialize(model: GPTNeoX, seed: int) -> None:
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             drawn.normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)
+
+
+@torch.no_grad()
+def continue_from(model: GPTNeoX, source: GPTNeoX, seed: int) -> None:
+    """Give ``model``, in place, the weights of ``source``, of the same sizes; new sinks start afresh.
+
+    A row that no text uses has decayed to nothing (Pythia's padding), and LayerNorm makes magnified noise of
+    that; so the embedding of each sink that ``source`` was not trained with is drawn as ``initialize``
+    draws it. The head keeps its rows: a sink is never predicted.
+    """
+    model.load_state_dict(source.state_dict())
+    new = [sink for sink in model.sink_ids if sink not in source.sink_ids]
+    drawn = torch.empty(len(new), model.config.network.hidden_size, dtype=torch.float32, device="cpu")
+    drawn.normal_(0.0, small_init_std(model.config.network), generator=torch.Generator().manual_seed(seed))
+    embedding = model.gpt_neox.embed_in.weight
+    embedding[new] = drawn.to(embedding)

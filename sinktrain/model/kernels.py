@@ -11,6 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def rotate_heads(
@@ -58,24 +61,121 @@ def softmax_gradient(
     is_scored = target != ignored
     logits += row * vocab_size
     entry = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    top = float("-inf")
+    total = 0.0
     for start in range(0, vocab_size, BLOCK):
         inside = start + entry < vocab_size
-        x = tl.load(logits + start + entry, mask=inside, other=float("-inf")).to(tl.float32)
-        new_top = tl.maximum(top, x)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - base) + tl.exp(x - base)
+        x = tl.load(logits + start + entry, mask=inside, other=float("-inf")).to(tl.float32) * LOG2_E
+        new_top = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top), 0)
         top = new_top
-    peak = tl.max(top, 0)
-    sum_of_all = tl.sum(total * tl.exp(top - peak), 0)
     chosen = tl.load(logits + tl.where(is_scored, target, 0)).to(tl.float32)
-    tl.store(losses + row, tl.where(is_scored, peak + tl.log(sum_of_all) - chosen, 0.0))
+    tl.store(losses + row, tl.where(is_scored, (top + tl.log2(total)) * LN_2 - chosen, 0.0))
     if WITH_GRADIENT:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
-        share = tl.where(is_scored, 1.0 / sum_of_all, 0.0)
+        share = tl.where(is_scored, 1.0 / total, 0.0)
         for start in range(0, vocab_size, BLOCK):
             inside = start + entry < vocab_size
             x = tl.load(logits + start + entry, mask=inside, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(x - peak) * share - tl.where(start + entry == target, 1.0, 0.0)
+            gradient = tl.exp2(x * LOG2_E - top) * share - tl.where(start + entry == target, 1.0, 0.0)
             tl.store(logits + start + entry, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_in_place(
+    qkv, cos, sin, seq_len, num_heads,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Rotate the queries and keys of one token where they are: [batch, seq, head, 3 * d]. Grid: (batch x seq,)."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, 2 * BLOCK_H)  # each head's query, then its key
+    pair = tl.arange(0, BLOCK_HALF)
+    inside = (part < 2 * num_heads)[:, None] & (pair < HALF)[None, :]
+    angle = row % seq_len * 2 * HALF + pair
+    c = tl.load(cos + angle, mask=pair < HALF, other=1.0)[None, :]
+    s = tl.load(sin + angle, mask=pair < HALF, other=0.0)[None, :]
+    start = (row * num_heads + part // 2) * 3 * HEAD_DIM + part % 2 * HEAD_DIM
+    place = qkv + start[:, None] + pair[None, :]
+    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, (first * c - second * s).to(qkv.dtype.element_ty), mask=inside)
+    tl.store(place + HALF, (second * c + first * s).to(qkv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def turned_back(x, cos, sin, token, row, d, inside, stride, HALF: tl.constexpr):
+    """Gradients of rotated heads, rotated back: float32[row, d]."""
+    at = x + row[:, None] * stride
+    own = tl.load(at + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    turns = inside & (d < 2 * HALF)[None, :]
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    other = tl.load(at + partner[None, :], mask=turns, other=0.0).to(tl.float32)
+    angle = token[:, None] * 2 * HALF + d[None, :]
+    c = tl.load(cos + angle, mask=turns, other=1.0)
+    s = tl.load(sin + angle, mask=turns, other=0.0)
+    return own * c + tl.where(d < HALF, other, -other) * s
+
+
+@triton.jit
+def join_gradients(
+    dq, dk, dv, cos, sin, out, sums, num_rows, seq_len, num_heads,
+    HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of rotated queries and keys and of values, to that of [batch, seq, head, 3 * d].
+
+    ``dq``, ``dk`` and ``dv`` are [batch, seq, head, d], dense. ``sums`` float32[block, head, 3 * d] takes
+    their sums over a block of STEPS * BLOCK_T rows. Grid: (blocks of rows, head).
+    """
+    head = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    stride = num_heads * HEAD_DIM
+    q_sum = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)  # over rows only at the end: that needs all warps
+    k_sum = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    v_sum = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for step in range(STEPS):
+        row = ((tl.program_id(0) * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        inside = (row < num_rows)[:, None] & (d < HEAD_DIM)[None, :]
+        token = row % seq_len
+        q = turned_back(dq + head * HEAD_DIM, cos, sin, token, row, d, inside, stride, HALF)
+        k = turned_back(dk + head * HEAD_DIM, cos, sin, token, row, d, inside, stride, HALF)
+        v = tl.load(dv + (row * stride + head * HEAD_DIM)[:, None] + d[None, :], mask=inside, other=0.0)
+        target = out + ((row * num_heads + head) * 3 * HEAD_DIM)[:, None] + d[None, :]
+        tl.store(target, q.to(out.dtype.element_ty), mask=inside)
+        tl.store(target + HEAD_DIM, k.to(out.dtype.element_ty), mask=inside)
+        tl.store(target + 2 * HEAD_DIM, v, mask=inside)
+        q_sum += q
+        k_sum += k
+        v_sum += v.to(tl.float32)
+    total = sums + (tl.program_id(0) * num_heads + head) * 3 * HEAD_DIM + d
+    tl.store(total, tl.sum(q_sum, 0), mask=d < HEAD_DIM)
+    tl.store(total + HEAD_DIM, tl.sum(k_sum, 0), mask=d < HEAD_DIM)
+    tl.store(total + 2 * HEAD_DIM, tl.sum(v_sum, 0), mask=d < HEAD_DIM)
+
+
+@triton.jit
+def gelu_gradient(
+    pre, gradient, act, sums, num_rows, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """GELU again, into ``act``, and its gradient in place of that to its output; all [row, width].
+
+    ``sums`` float32[block, width] takes the sums over a block of STEPS * BLOCK_M rows.
+    Grid: (blocks of columns, blocks of rows).
+    """
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(1)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # over rows only at the end: that needs all warps
+    for step in range(STEPS):
+        row = ((block * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        inside = (row < num_rows)[:, None] & (column < width)[None, :]
+        place = row[:, None] * width + column[None, :]
+        x = tl.load(pre + place, mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # share of a normal distribution below x
+        density = 0.3989422804014327 * tl.exp2(x * x * (-0.5 * LOG2_E))
+        downstream = upstream * (below + x * density)
+        tl.store(act + place, (x * below).to(act.dtype.element_ty), mask=inside)
+        tl.store(gradient + place, downstream.to(gradient.dtype.element_ty), mask=inside)
+        total += downstream
+    tl.store(sums + block * width + column, tl.sum(total, 0), mask=column < width)

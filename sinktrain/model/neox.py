@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sinktrain.model.attention import Attend, CausalAttention
 from sinktrain.model.config import ModelConfig, NetworkConfig
-from sinktrain.model.devices import compute_dtype
+from sinktrain.model.devices import compute_dtype, has_fast_path
 from sinktrain.model.loss import summed_loss
 from sinktrain.model.rotary import phase_steps
 
@@ -116,11 +116,18 @@ class Attention(nn.Module):
         self.dense = nn.Linear(width, width, bias=config.attention_bias)
 
     def forward(self, hidden: Tensor, index: int, attend: Attend) -> Tensor:
-        fused = self.query_key_value(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q, k, v = fused.chunk(3, dim=-1)  # each [batch, head, seq, head_dim]
-        mixed = attend(index, q, k, v).transpose(1, 2).flatten(-2)
+        mixed = self._mixed_at_once(hidden, attend)
+        if mixed is None:
+            fused = self.query_key_value(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            q, k, v = fused.chunk(3, dim=-1)  # each [batch, head, seq, head_dim]
+            mixed = attend(index, q, k, v).transpose(1, 2).flatten(-2)
         projected: Tensor = self.dense(mixed)
         return projected
+
+    def _mixed_at_once(self, hidden: Tensor, attend: Attend) -> Tensor | None:
+        if not isinstance(attend, CausalAttention):
+            return None
+        return attend.from_input(hidden, self.query_key_value, self.num_heads)
 
 
 class MLP(nn.Module):
@@ -132,8 +139,18 @@ class MLP(nn.Module):
         self.activation = _ACTIVATION[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.activation is F.gelu and has_fast_path(hidden):
+            return self._fused(hidden)
         narrowed: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(hidden)))
         return narrowed
+
+    def _fused(self, hidden: Tensor) -> Tensor:
+        from sinktrain.model.fused_mlp import gelu_mlp
+
+        up, down = self.dense_h_to_4h, self.dense_4h_to_h
+        hidden = hidden.to(compute_dtype(hidden))
+        narrowed: Tensor = gelu_mlp(hidden, up.weight, up.bias, down.weight)[0]
+        return narrowed + down.bias.to(narrowed.dtype)  # the compiler adds it on the way
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""What training fuses of a layer, against plain torch: by Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sinktrain.model.attention import CausalAttention
+from sinktrain.model.config import NetworkConfig
+from sinktrain.model.neox import MLP
+from sinktrain.model.rotary import apply_rotary, phase_steps
+
+pytest.importorskip("triton")
+from sinktrain.model import fused_attention
+from sinktrain.model.fused_mlp import gelu_mlp
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [
+    pytest.param(4, 32, 8, id="14m"),
+    pytest.param(12, 64, 16, id="160m"),
+    pytest.param(3, 40, 40, id="all-rotated"),
+    pytest.param(5, 24, 6, id="odd"),
+]
+"""Heads, head_dim, rotary_ndims."""
+BATCH, SEQ = 2, 23
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def angles(rotary_ndims: int) -> tuple[Tensor, Tensor]:
+    attend = CausalAttention(phase_steps(rotary_ndims, 10_000).to(DEVICE), SEQ, torch.float32)
+    return attend.cos, attend.sin
+
+
+def by_head(qkv: Tensor) -> list[Tensor]:
+    return [part.transpose(1, 2) for part in qkv.chunk(3, dim=-1)]
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "rotary_ndims"), SIZES)
+def test_queries_and_keys_are_rotated_where_they_are(heads: int, head_dim: int, rotary_ndims: int) -> None:
+    qkv, (cos, sin) = drawn(BATCH, SEQ, heads, 3 * head_dim), angles(rotary_ndims)
+    q, k, v = by_head(qkv)
+    expected = [apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v.clone()]
+    fused_attention.rotate_in_place(qkv, cos, sin)
+    for found, wanted in zip(by_head(qkv), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "rotary_ndims"), SIZES)
+def test_gradients_are_rotated_back_joined_and_summed(heads: int, head_dim: int, rotary_ndims: int) -> None:
+    cos, sin = angles(rotary_ndims)
+    qkv = drawn(BATCH, SEQ, heads, 3 * head_dim).requires_grad_()
+    gradients = [drawn(BATCH, heads, SEQ, head_dim, seed=seed) for seed in (1, 2, 3)]
+    q, k, v = by_head(qkv)
+    torch.autograd.backward([apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v], gradients)
+    assert qkv.grad is not None
+    joined, sums = fused_attention.join_gradients(gradients, cos, sin)
+    torch.testing.assert_close(joined, qkv.grad, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sums, qkv.grad.sum((0, 1)).flatten(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_mlp_that_keeps_no_activations_equals_the_plain_one(rows: int) -> None:
+    """300 rows are more than one block of the kernel, and no whole number of them."""
+    mlp = MLP(NetworkConfig(48, 1, 2)).to(DEVICE)
+    up, down = mlp.dense_h_to_4h, mlp.dense_4h_to_h
+    x, upstream = drawn(rows, 1, 48).requires_grad_(), drawn(rows, 1, 48, seed=1)
+    with torch.no_grad():
+        expected = mlp(x)  # without gradients always the plain one
+    plain = down(torch.nn.functional.gelu(up(x)))
+    plain.backward(upstream)
+    wanted = [x.grad, *(parameter.grad for parameter in mlp.parameters())]
+    x.grad = None
+    mlp.zero_grad()
+    found = gelu_mlp(x, up.weight, up.bias, down.weight)[0] + down.bias
+    found.backward(upstream)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip([x.grad, *(p.grad for p in mlp.parameters())], wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mlps_operator_keeps_what_torch_compile_is_told() -> None:
+    mlp = MLP(NetworkConfig(16, 1, 2)).to(DEVICE)
+    weights = list(mlp.parameters())[:3]
+    torch.library.opcheck(gelu_mlp, (drawn(2, 3, 16).requires_grad_(), *weights))
+
+
+def test_a_cpu_has_no_fused_attention() -> None:
+    assert not fused_attention.is_served(torch.device("cpu"), torch.bfloat16, head_dim=64, rotary_ndims=16)
