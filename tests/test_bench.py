@@ -451,12 +451,11 @@ def test_options_of_evaluate_reach_the_benchmark(run, monkeypatch):
 
 
 MISTAKES = [
-    ("train", 'no benchmark "train"; there are decode and evaluate'),
-    ("decod", 'no benchmark "decod"; did you mean "decode"?; there are decode and evaluate'),
-    ("", "the following arguments are required: decode|evaluate; see sinktrain bench --help"),
+    ("decod", 'no benchmark "decod"; did you mean "decode"?; there are train, decode, evaluate'),
+    ("", "the following arguments are required: train|decode|evaluate; see sinktrain bench --help"),
     ("decode --streams 2", "--streams is for bench evaluate; leave it out here"),
     ("evaluate --batch 2", "--batch is for bench decode; leave it out here"),
-    ("evaluate --peers", "--peers is for bench decode; leave it out here"),
+    ("evaluate --peers", "--peers is for bench train and decode; leave it out here"),
     ("evaluate --trace", "--trace is for bench decode; leave it out here"),
     ("evaluate --recompute-windows none", "--recompute-windows is for bench decode; leave it out here"),
     ("evaluate --streams 0", "argument --streams: 0 is not a number of streams; use 1 or more"),

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "sinktrain.cli.compare",
     "export": "sinktrain.cli.export",
     "bench": "sinktrain.cli.bench",
+    "doctor": "sinktrain.cli.doctor",
 }
 """The module of each command; its function has the command's name and takes what was typed after it."""
 
@@ -35,7 +36,8 @@ commands:
   evaluate   measure one model under streaming: losses, sink, removal, latency, StreamEval
   compare    measure several side by side: table, results.json, report.html, wandb
   export     a model -> a Hugging Face folder, its logits checked
-  bench      how fast decoding or evaluation is, with its floor beside it
+  bench      how fast training, decoding or evaluation is, floor or peers beside it
+  doctor     what of this machine would stop or slow a run
 
 MODEL is a run folder, a .ckpt file, a Hugging Face folder or a Hub id (EleutherAI/pythia-160m).
 TEXT is a .txt, .jsonl or .parquet file (also .gz, .xz, .zst), a folder of them, prepared shards,

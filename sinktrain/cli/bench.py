@@ -1,4 +1,4 @@
-"""``sinktrain bench``: how fast decoding and evaluation are, with their floors and peers beside them."""
+"""``sinktrain bench``: how fast training, decoding and evaluation are, floors and peers beside them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from sinktrain.streaming.layout import Layout
 
 DESCRIPTION = """\
-Time one thing, with the floor under it in the same run.
+Time one thing, with the floor under it or its peers beside it in the same run.
 
+  train      ours under a real Trainer, the same step in a bare loop and, with --peers, plain torch,
+             transformers and litgpt from the same weights: rounds in turn, the median of each. With
+             --devices N ours on one device and on N.
   decode     token by token: our decoder and, with --peers, other ways. The floor is, on CUDA, the bytes
              of weights and cache over the bandwidth of a large copy, and on the CPU the step's matrix
              products alone. Memory on the CPU is the whole process's.
@@ -31,7 +34,9 @@ Time one thing, with the floor under it in the same run.
              floating-point operations set, and how much slower token by token would be."""
 
 EXAMPLE = """\
-sinktrain bench decode --preset 14m,160m --layouts 1+1023,1+4095 --batch 1
+sinktrain bench train --preset 160m,410m --peers --sink
+  sinktrain bench train --preset 160m --devices 2 --strategy ddp
+  sinktrain bench decode --preset 14m,160m --layouts 1+1023,1+4095 --batch 1
   sinktrain bench decode --preset 160m --peers --json > bench.json
   sinktrain bench decode --preset 14m --trace --tokens 1_000_000
   sinktrain bench evaluate --preset 160m --layouts 1+1023
@@ -43,10 +48,11 @@ def bench(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.subject not in SUBJECTS:
         hint = did_you_mean(options.subject, SUBJECTS)
-        raise ConfigError(f'no benchmark "{options.subject}"{hint}; there are {" and ".join(SUBJECTS)}')
-    for name, subject in ONLY_FOR.items():
-        if subject != options.subject and getattr(options, name) != parser.get_default(name):
-            raise ConfigError(f"--{name.replace('_', '-')} is for bench {subject}; leave it out here")
+        raise ConfigError(f'no benchmark "{options.subject}"{hint}; there are {", ".join(SUBJECTS)}')
+    for name, subjects in ONLY_FOR.items():
+        if options.subject not in subjects and getattr(options, name) != parser.get_default(name):
+            named = " and ".join(subjects)
+            raise ConfigError(f"--{name.replace('_', '-')} is for bench {named}; leave it out here")
     if options.model is not None and options.preset is not None:
         raise ConfigError("--model and --preset both say what to time; give one of them")
     if options.tokens is None:
@@ -59,7 +65,7 @@ def bench(arguments: list[str]) -> int:
 
 def _bench_parser() -> Parser:
     parser = make_parser("bench", DESCRIPTION, EXAMPLE)
-    parser.add_argument("subject", metavar="decode|evaluate", help="what to time")
+    parser.add_argument("subject", metavar="train|decode|evaluate", help="what to time")
     parser.add_argument(
         "--preset", metavar="P,…", help="sizes of Pythia, weights random: 14m, 31m, … 1.4b (default: 160m)"
     )
@@ -80,9 +86,14 @@ def _bench_parser() -> Parser:
         help="timed tokens (default of decode: 256, on CUDA 2000, of evaluate: by the device); "
         "with --trace the last position (1000000)",
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="train: plain torch, transformers, litgpt; decode: transformers, recomputing, the paper's cache",
+    )
+    _add_train_options(parser)
     group = parser.add_argument_group("of decode")
     group.add_argument("--batch", metavar="N,…", help="parallel streams (default: 1, on CUDA 1,32)")
-    group.add_argument("--peers", action="store_true", help="transformers, recomputation, the paper's cache")
     group.add_argument(
         "--recompute-windows",
         default="256,512,1024,2048,4096",
@@ -102,6 +113,53 @@ def _bench_parser() -> Parser:
         help="default: by the device",
     )
     return parser
+
+
+def _add_train_options(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "of train", "--dtype is that of the products; weights are float32. Numbers left out go by the device."
+    )
+    for option, of, told in (
+        ("--micro-batch", "samples", "computed at once (32, 16 for 410m, 8 for 1b and 1.4b; on the CPU 1)"),
+        ("--global-batch", "samples", "of a step, over all devices (two micro-batches of each)"),
+        ("--seq-len", "tokens", "of a sample (2048; on the CPU 128)"),
+        ("--steps", "steps", "of each contender in each round (20; on the CPU 2)"),
+        ("--rounds", "rounds", "(3)"),
+    ):
+        group.add_argument(option, type=number_from(1, of=of), default=0, metavar="N", help=told)
+    group.add_argument("--sink", action="store_true", help="time the sink arm too")
+    group.add_argument("--devices", type=number_from(1, of="devices"), default=1, metavar="N", help="(1)")
+    group.add_argument("--strategy", metavar="OVERLAY", help="ddp (with --devices), fsdp, deepspeed-zero1, …")
+
+
+def _bench_train(options: argparse.Namespace) -> None:
+    import torch
+
+    from sinktrain.experiments.bench_table import train_table
+    from sinktrain.experiments.bench_train import NUM_ROUNDS, TrainBench, bench_train
+    from sinktrain.training.stopping import Stopped
+
+    device = torch.device(chosen_device(options.device))
+    request = TrainBench(
+        configs=[f"pythia-{preset}" for preset in _presets(options)],
+        device=device,
+        dtype=chosen_dtype(options.dtype, device.type),
+        seq_len=options.seq_len,
+        micro_batch=options.micro_batch,
+        global_batch=options.global_batch,
+        num_steps=options.steps,
+        num_rounds=options.rounds or NUM_ROUNDS,
+        use_peers=options.peers,
+        use_sink=options.sink,
+        num_devices=options.devices,
+        strategy=options.strategy,
+    )
+    try:
+        result = bench_train(request)
+    except Stopped as stopped:
+        raise SystemExit(128 + stopped.signum) from None
+    if result is not None:  # rank 0 speaks for all
+        print(json.dumps(result) if options.json else train_table(result))
 
 
 def _bench_decode(options: argparse.Namespace) -> None:
@@ -153,15 +211,26 @@ def _bench_evaluate(options: argparse.Namespace) -> None:
     print(json.dumps(result) if options.json else evaluate_table(result))
 
 
-SUBJECTS = {"decode": _bench_decode, "evaluate": _bench_evaluate}
+SUBJECTS = {"train": _bench_train, "decode": _bench_decode, "evaluate": _bench_evaluate}
 ONLY_FOR = {
-    "batch": "decode",
-    "peers": "decode",
-    "recompute_windows": "decode",
-    "trace": "decode",
-    "streams": "evaluate",
+    "model": ["decode", "evaluate"],
+    "layouts": ["decode", "evaluate"],
+    "tokens": ["decode", "evaluate"],
+    "batch": ["decode"],
+    "peers": ["train", "decode"],
+    "recompute_windows": ["decode"],
+    "trace": ["decode"],
+    "streams": ["evaluate"],
+    "micro_batch": ["train"],
+    "global_batch": ["train"],
+    "seq_len": ["train"],
+    "steps": ["train"],
+    "rounds": ["train"],
+    "sink": ["train"],
+    "devices": ["train"],
+    "strategy": ["train"],
 }
-"""Options that one subject alone takes."""
+"""Options that not every subject takes."""
 
 
 def _presets(options: argparse.Namespace) -> list[str]:

@@ -159,6 +159,83 @@ def _sweep_words(table: dict[str, Any]) -> str:
     )
 
 
+# -- training -------------------------------------------------------------------------------------
+
+
+def train_table(result: dict[str, Any]) -> str:
+    """What ``sinktrain bench train`` prints: for each config a table, notes, and the time by part."""
+    known, peak = result["environment"], result["peak_flops"]
+    versions = (f"{name} {known[name]}" for name in ("lightning", "litgpt") if known[name])
+    told = "peak unknown: no MFU" if peak is None else f"peak: {peak / 1e12:,.1f} TFLOP/s in bfloat16"
+    parts = [f"{', '.join([_machine_line(known), *versions])}\n{told}"]
+    for preset in dict.fromkeys(row["preset"] for row in result["rows"]):
+        rows, by_part = (
+            [row for row in result[kind] if row["preset"] == preset] for kind in ("rows", "parts")
+        )
+        parts.append("\n".join([*_training_lines(rows), *_training_facts(rows)]))
+        parts += ["\n".join(_part_lines(by_part))] if by_part else []
+    return "\n\n".join(parts)
+
+
+def _training_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield _training_title(rows[-1])
+    speed, costs = ["tokens/s", "ours x", "MFU %", "causal %", "ms/step", "spread %"], ["GiB", "compile s"]
+    header = ["", *speed, *costs, "wait %"]
+    cells = [
+        [
+            row["name"],
+            _number(row["tokens_per_s"], 0),
+            _number(row["ours_over_this"], 3),
+            _number(row["mfu"], 1, 0.01),
+            _number(row["mfu_causal"], 1, 0.01),
+            _number(row["step_s"], 1, 1e-3),
+            _number(row["spread"], 1, 0.01),
+            _number(row["peak_mem_bytes"], 2, 2**30),
+            _number(row["compile_s"], 1),
+            _number(row["data_wait"], 2, 0.01),
+        ]
+        for row in rows
+    ]
+    yield from _aligned(Table(header, cells))
+
+
+def _training_title(row: dict[str, Any]) -> str:
+    devices = "1 device" if row["strategy"] is None else f"{row['num_devices']} devices by {row['strategy']}"
+    return (
+        f"{row['preset']}, {row['dtype']}, {devices}, sequence {row['seq_len']:,}, global batch "
+        f"{row['global_batch']} in micro-batches of {row['micro_batch']}: "
+        f"{row['global_batch'] * row['seq_len']:,} tokens a step"
+    )
+
+
+def _training_facts(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        facts = []
+        if row["overhead"] is not None:
+            facts.append(f"Trainer and callbacks cost {100 * row['overhead']:.1f}% over the bare loop")
+        if row["efficiency"] is not None:
+            facts.append(f"{row['speedup']:.3f} x one device, efficiency {100 * row['efficiency']:.1f}%")
+        if row["checkpoint_s"] is not None:
+            facts.append(f"a checkpoint stops it for {row['checkpoint_s']:.2f} s")
+        if row["skipped_steps"]:
+            facts.append(f"{row['skipped_steps']} steps were skipped")
+        if facts or row["note"]:
+            yield f"  {row['name']}: {'; '.join([*facts, *([row['note']] if row['note'] else [])])}"
+
+
+def _part_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Milliseconds of a step, and their share of it: a line for each part, the largest first."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    cells = {(row["part"], row["name"]): f"{row['ms']:,.2f} ({100 * row['share']:.1f}%)" for row in rows}
+    largest = sorted(rows, key=lambda row: row["ms"], reverse=True)
+    parts = dict.fromkeys(row["part"] for row in largest)
+    table = Table(
+        ["time by part, ms a step", *names],
+        [[part, *(cells.get((part, name), "") for name in names)] for part in parts],
+    )
+    yield from _aligned(table)
+
+
 def _number(value: float | None, digits: int, unit: float = 1) -> str:
     """Nothing for None."""
     return "" if value is None else f"{value / unit:,.{digits}f}"

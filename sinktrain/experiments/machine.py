@@ -45,8 +45,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "sinktrain": __version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": package_version("triton"),
+        "transformers": package_version("transformers"),
         "python": platform.python_version(),
         "device": device_name(device),
         "num_threads": torch.get_num_threads(),
@@ -54,7 +54,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
