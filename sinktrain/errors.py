@@ -22,6 +22,10 @@ class ModelError(SinktrainError):
     """A checkpoint or model folder that cannot be used as asked."""
 
 
+class TrainingError(SinktrainError):
+    """A run that had to stop: its losses went wrong, or its checkpoint could not be written."""
+
+
 class StreamError(SinktrainError):
     """A stream that cannot be decoded as asked: layout, sink or tokens."""
 

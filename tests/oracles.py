@@ -224,3 +224,18 @@ def attention_weights(model: GPTNeoX, tokens: torch.Tensor) -> Array:
 
     _each_row(model, tokens, stream)
     return np.stack(recorded)
+
+
+def skipped_steps(losses: Sequence[float], norms: Sequence[float], sigma: float | None) -> list[bool]:
+    """Which steps ``SpikeGuard`` leaves out, given all losses and gradient norms: float64, lists, numpy."""
+    window: list[float] = []
+    skipped = []
+    for loss, norm in zip(losses, norms, strict=True):
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        is_spike = False
+        if is_finite and sigma is not None and len(window) >= 64:
+            is_spike = loss > np.mean(window) + sigma * np.std(window, ddof=1)
+        skipped.append(is_spike or not is_finite)
+        if is_finite:
+            window = [*window, loss][-128:]
+    return skipped

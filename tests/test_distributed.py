@@ -99,6 +99,5 @@ def test_sigterm_to_either_process_stops_both_and_saves(
     assert process.returncode == 143, told
     assert told.count("stopped by SIGTERM and saved; the same command continues") == 1, told
     stopped_at = checkpoint(tmp_path / "parts")["global_step"]
-    assert stopped_at % 8 == 0
     end = stopped_at + 4
     assert_close(train("whole", end), train("parts", end))

@@ -207,7 +207,8 @@ def test_going_back_to_an_older_checkpoint_keeps_later_ones_and_a_whole_last(
     """``keep: 1`` once counted the newest by number, and so deleted what ``last.ckpt`` had just named."""
     run = train("run", "--checkpoint.keep", "null")
     old = str(run / "checkpoints" / "step-00000004.ckpt")
-    train("run", "--resume", old, "--trainer.max_steps", "6", "--model.warmup_steps", "1")
+    shorter = ["--trainer.max_steps", "6", "--model.warmup_steps", "1"]
+    train("run", "--resume", old, "--checkpoint.keep", "1", *shorter)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["last.ckpt", "step-00000006.ckpt", "step-00000008.ckpt", "step-00000012.ckpt"]
     assert checkpoint(run)["global_step"] == 6
@@ -326,6 +327,7 @@ def test_leftovers_of_a_torn_save_do_no_harm_and_go(train: Callable[..., Path]) 
     train("run", "--trainer.max_steps", "14")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "last.ckpt",
+        "step-00000012.ckpt",
         "step-00000014.ckpt",
     ]
     assert checkpoint(run)["global_step"] == 14
@@ -386,7 +388,8 @@ def test_changed_settings_are_told(train: Callable[..., Path], capsys: pytest.Ca
 # -- configs --------------------------------------------------------------------------------------
 
 SHIPPED = sorted(path.stem for path in config_folder().glob("*.yaml"))
-OVERLAYS = ("sink", "ddp", "wandb", "tensorboard")
+SHARDED = ("fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3")
+OVERLAYS = ("sink", "ddp", "wandb", "tensorboard", "wsd", "pythia-checkpoints", *SHARDED)
 RECIPES = [name for name in SHIPPED if name not in OVERLAYS]
 
 
@@ -405,7 +408,7 @@ def parsed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 def test_shipped_configs_are_those_of_the_interface() -> None:
     sizes = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b")
-    assert {"quickstart", *OVERLAYS, *(f"pythia-{size}" for size in sizes)} <= set(SHIPPED)
+    assert {"quickstart", "paper-160m", *OVERLAYS, *(f"pythia-{size}" for size in sizes)} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", RECIPES)

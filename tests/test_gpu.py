@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from oracles import random_tokens, rotate_everything_stream, tiny_model
+from test_fit import assert_same_state
 from tiny_shards import tiny_run, write_shards
 
+from sinktrain.data.windows import IGNORED
+from sinktrain.model.config import PYTHIA, ModelConfig, SinkConfig
+from sinktrain.model.init import initialize
 from sinktrain.model.loss import token_losses
+from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.rotary import apply_rotary, phase_steps, rotary_angles
 from sinktrain.streaming.blockwise import stream_logits, stream_loss
 from sinktrain.streaming.decoder import StreamingDecoder
 from sinktrain.training.fit import fit
 from sinktrain.training.metrics_table import MetricsTable
+from sinktrain.training.module import Pretraining
+from sinktrain.training.optim import adamw
+from sinktrain.training.step import fast_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,6 +160,165 @@ def test_a_compiled_bf16_run_learns_and_continues_from_an_earlier_checkpoint(tmp
     assert sorted(continued) == list(range(5, 13))
     for step, loss in continued.items():  # a GPU does not always add in the same order
         assert loss == pytest.approx(losses[step], abs=2e-2)
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+def _off(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    """Norm of the difference, relative to the expected one's."""
+    assert found is not None
+    assert expected is not None
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)], ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 32), (12, 64), (8, 256)], ids=["14m", "160m", "1b"])
+def test_rotations_on_cuda_equal_the_plain_ones(
+    heads: int, head_dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    from sinktrain.model.fused import rotate
+
+    steps = phase_steps(head_dim // 4, 10_000).cuda()
+    cos, sin = rotary_angles(torch.arange(500, device="cuda"), steps, torch.float32)
+    fused_qkv = torch.randn(3, 500, heads, 3 * head_dim, device="cuda", dtype=dtype)
+    x = fused_qkv.transpose(1, 2).chunk(3, dim=-1)[1]
+    upstream = torch.randn(3, heads, 500, head_dim, device="cuda", dtype=dtype)
+    found, expected = x.detach().requires_grad_(True), x.detach().double().requires_grad_(True)
+    rotated, twin = rotate(found, cos, sin), apply_rotary(expected, cos.double(), sin.double())
+    rotated.backward(upstream)
+    twin.backward(upstream.double())
+    assert _off(rotated, twin) < tolerance
+    assert _off(found.grad, expected.grad) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3)], ids=str)
+def test_the_loss_without_logits_equals_the_plain_one_on_cuda(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinktrain.model import fused
+
+    monkeypatch.setattr(fused, "LOGITS_BYTES", 512 * 50_304 * dtype.itemsize)
+    hidden = torch.randn(1300, 256, device="cuda", dtype=dtype)
+    weight = torch.randn(50_304, 256, device="cuda") / 8
+    targets = torch.randint(50_304, (1300,), device="cuda")
+    targets[::5] = IGNORED
+    found = [value.clone().requires_grad_(True) for value in (hidden, weight)]
+    expected = [value.requires_grad_(True) for value in (hidden.double(), weight.to(dtype).double())]
+    loss = fused.linear_loss_and_gradients(*found, targets)[0]
+    twin = token_losses(expected[0] @ expected[1].t(), targets).sum()
+    (loss / 1040).backward()
+    (twin / 1040).backward()
+    assert loss.item() == pytest.approx(twin.item(), rel=tolerance)
+    assert fused.linear_loss(hidden, weight, targets).item() == pytest.approx(loss.item(), rel=1e-6)
+    for a, b in zip(found, expected, strict=True):
+        assert _off(a.grad, b.grad) < tolerance
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_step_in_bf16_has_the_gradients_of_a_plain_one(recompute: bool) -> None:
+    """Plain: float64, which takes no kernel of ours. bfloat16 rounds every product."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3}
+    plain = tiny_model(**sizes).cuda().requires_grad_(True)
+    fast = tiny_model(**sizes, dtype=torch.float32).cuda().requires_grad_(True)
+    inputs, targets = random_tokens(4, 128).cuda(), random_tokens(4, 128, seed=1).cuda()
+    expected = plain(inputs, targets)
+    expected.backward()
+    fast.recomputes_activations = recompute
+    fast.compile(dynamic=False)
+    with torch.autocast("cuda", dtype=torch.bfloat16), fast_attention():
+        loss = fast(inputs, targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    gradients = [
+        torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+        for model in (fast, plain)
+    ]
+    assert _off(*gradients) < 5e-2
+
+
+@pytest.fixture
+def _reproducible() -> Iterator[None]:
+    """Takes back what ``trainer.deterministic`` sets for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_reproducible")
+def test_deterministic_runs_are_equal_bit_for_bit_also_when_continued(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    options = [*ON_GPU, "--trainer.deterministic", "true", "--trainer.max_steps", "20"]
+    first, second, parts = tmp_path / "first", tmp_path / "second", tmp_path / "parts"
+    fit(tiny_run(tmp_path / "shards", first, *options, "--checkpoint.keep", "null"))
+    fit(tiny_run(tmp_path / "shards", second, *options))
+    middle = first / "checkpoints" / "step-00000008.ckpt"
+    fit(tiny_run(tmp_path / "shards", parts, *options, "--resume", str(middle)))
+    assert_same_state(first, second)
+    assert_same_state(first, parts)
+    assert _losses(first) == _losses(second)
+    assert _losses(parts) == {step: loss for step, loss in _losses(first).items() if step > 8}
+
+
+@pytest.mark.parametrize("arm", [[], ["--config", "sink"]], ids=["vanilla", "sink"])
+def test_steps_between_two_rows_do_not_wait_for_the_device(
+    arm: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, checked = Pretraining.training_step, []
+
+    def training_step(module: Pretraining, windows: torch.Tensor, batch_idx: int) -> None:
+        if batch_idx < 6:  # which compile
+            real(module, windows, batch_idx)
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            real(module, windows, batch_idx)
+            checked.append(batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Pretraining, "training_step", training_step)
+    write_shards(tmp_path / "shards")
+    fit(tiny_run(tmp_path / "shards", tmp_path / "run", *ON_GPU, *arm, "--data.micro_batch", "4"))
+    assert checked == list(range(6, 12))
+
+
+def test_peak_memory_is_logged_and_is_that_of_the_steps_since_the_row_before(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    fit(tiny_run(tmp_path / "shards", tmp_path / "run", *ON_GPU))
+    rows = MetricsTable(tmp_path / "run" / "metrics.csv").rows()
+    peaks = [float(row["memory_bytes"]) for row in rows if row["train/loss"]]
+    assert len(peaks) == 12
+    assert min(peaks) > 0
+    assert peaks[-1] <= max(peaks[:3])  # the first steps compile and make the optimizer's state
+
+
+def test_a_step_of_160m_holds_its_states_its_activations_and_one_chunk_of_logits() -> None:
+    """Micro-batch 8, 2048 tokens. Float32 weight, gradient and two moments: 16 bytes a parameter. A layer
+    keeps of a token, in units of 2 x hidden bytes: its input, two normalised inputs, q, k, v, the rotated
+    q and k, what attention gives, and the MLP's inside before and after its activation (4 each): 17; 20
+    with what is summed on the way. Twice the logits: their like is made beside them.
+    """
+    from sinktrain.model.fused import LOGITS_BYTES
+
+    network = PYTHIA["pythia-160m"]
+    model = GPTNeoX(ModelConfig(network, SinkConfig()))
+    initialize(model, seed=1)
+    model.cuda().compile(dynamic=False)
+    optimizer = adamw(model, 1e-4, 0.1, (0.9, 0.95), 1e-8)
+    tokens = torch.randint(50_000, (8, 2049), device="cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        with torch.autocast("cuda", dtype=torch.bfloat16), fast_attention():
+            loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        (loss / tokens[:, 1:].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    activations = 20 * 2 * network.hidden_size * network.num_hidden_layers * 8 * 2048
+    peak, bound = torch.cuda.max_memory_allocated(), 16 * parameters + activations + 2 * LOGITS_BYTES
+    print(f"peak {peak / 2**30:.2f} GiB, bound {bound / 2**30:.2f} GiB")
+    assert peak < bound
 
 
 def _divergence(logits: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:

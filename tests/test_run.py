@@ -14,7 +14,6 @@ from tiny_models import tiny_model, write_checkpoint
 from tiny_shards import tiny_run, write_shards
 
 from sinktrain.cli import main
-from sinktrain.errors import ConfigError
 from sinktrain.training.run import RunFolder, differences
 
 
@@ -34,7 +33,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "papers").mkdir()
     (folder / "papers" / "thesis.tex").write_text("years of work")
     shutil.copytree(folder / "run", folder / "dangling", symlinks=True)
-    (folder / "dangling" / "checkpoints" / "step-00000012.ckpt").unlink()
+    for checkpoint in (folder / "dangling" / "checkpoints").glob("step-*"):
+        checkpoint.unlink()
     (folder / "broken").mkdir()
     (folder / "broken" / "manifest.json").write_text('{"format_version": ')
     (folder / "unknown.yaml").write_text("model: {learning_rat: 1}\n")
@@ -212,7 +212,7 @@ REFUSALS = {
     "saving": (
         NEW,
         "--checkpoint.every_n_steps 0",
-        "checkpoint.every_n_steps 0 and checkpoint.keep 1 must be 1 or more",
+        "checkpoint.every_n_steps 0 and checkpoint.keep 2 must be 1 or more",
     ),
     "keeping": (
         NEW,
@@ -301,6 +301,7 @@ def test_a_run_folder_holds_what_the_interface_says(place: Path) -> None:
     assert names == {
         "checkpoints",
         "checkpoints/last.ckpt",
+        "checkpoints/step-00000008.ckpt",
         "checkpoints/step-00000012.ckpt",
         "config.yaml",
         "manifest.json",
@@ -342,7 +343,5 @@ def test_differences_name_every_key_that_differs() -> None:
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:
-    assert RunFolder(tmp_path).checkpoint_to_resume("auto", {}) is None
-    assert RunFolder(tmp_path / "new").checkpoint_to_resume("none", {}) is None
-    with pytest.raises(ConfigError, match=r"use auto, none or a checkpoint's path$"):
-        RunFolder(tmp_path).checkpoint_to_resume("latest", {})
+    RunFolder(tmp_path).check_is_ours("auto", {})
+    RunFolder(tmp_path / "new").check_is_ours("none", {})

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,13 +17,22 @@ import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from sinktrain.data.tokenizer import TOKENIZER_FILE
-from sinktrain.errors import ConfigError
+from sinktrain.errors import ConfigError, TrainingError
 from sinktrain.files import write_text
 from sinktrain.model.checkpoints import checkpoint_facts, empty_model
+from sinktrain.training.checkpoint_file import check_whole
+from sinktrain.training.companions import LAUNCHED_BY
+from sinktrain.training.continuing import Continuation, newest_whole, set_aside
+from sinktrain.training.dry_run import plan
+from sinktrain.training.launchers import told_once_a_host
 from sinktrain.training.module import arm_name
-from sinktrain.training.run import differences
+from sinktrain.training.run import ONCE_IMPLIED, differences
+from sinktrain.training.saving import what_continues
 from sinktrain.training.settings import MoreCallbacks, TrainingCLI
 from sinktrain.training.stopping import Stopped
+
+BYTES_OF_A_PARAMETER = 12
+"""In a checkpoint: its weight and two moments of AdamW, float32."""
 
 
 def fit(args: list[str], measures: MoreCallbacks | None = None) -> None:
@@ -30,26 +45,62 @@ def fit(args: list[str], measures: MoreCallbacks | None = None) -> None:
         SinktrainError: a setting, config, run folder, checkpoint or corpus that cannot be used.
         Stopped: by a signal, after saving.
     """
-    cli = TrainingCLI(args)
-    run = cli.run
-    identity = cli.identity()
-    checkpoint = _checkpoint_to_resume(cli, identity)
-    trainer = cli.make_trainer(is_training=True, measures=measures)
-    _check_together(cli, trainer)
-    if checkpoint == run.last and run.is_finished(trainer.max_steps):
-        _say(f"{run.path}: finished already; a larger --trainer.max_steps continues it")
+    if _is_rank_zero():
+        os.environ[LAUNCHED_BY] = str(os.getpid())
+    with told_once_a_host():
+        cli = TrainingCLI(args)
+    if not cli.num_trial_steps:
+        _fit(cli, measures)
+        return
+    with TemporaryDirectory(prefix="sinktrain-") as scratch:
+        cli.config.run, cli.config.resume = str(Path(scratch, cli.run.path.name)), "none"
+        _fit(cli, measures)
+    if _is_rank_zero():
+        _say(f"trainer.fast_dev_run {cli.num_trial_steps}: a trial, of which nothing is kept")
+
+
+def _fit(cli: TrainingCLI, measures: MoreCallbacks | None) -> None:
+    """Check everything; then train, or for a dry run say what that would be."""
+    with told_once_a_host():
+        identity = cli.identity()
+        if _is_rank_zero():  # only rank 0 checks the folder, which it may be writing to already
+            cli.run.check_is_ours(cli.config.resume, identity)
+            _check_named(cli.config.resume, identity)
+        trainer = cli.make_trainer(is_training=True, measures=measures)
+        _check_together(cli, trainer)
+    if cli.config.dry_run:
+        if _is_rank_zero():
+            print(plan(cli, trainer, _start(cli).checkpoint))
+        return
+    with cli.run.locked() if _is_rank_zero() else nullcontext():
+        try:
+            _continue(cli, trainer, identity)
+        except (Stopped, TrainingError):
+            if _is_rank_zero():
+                raise  # the others stop alike, and rank 0 speaks for all
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            remedy = f"free some space: {what_continues(cli.run.checkpoints)}"
+            raise TrainingError(f"--run {cli.run.path}: {error.strerror}; {remedy}") from error
+
+
+def _continue(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> None:
+    """Train from where the run is, to its end."""
+    run, found = cli.run, _start(cli)
+    if found.checkpoint == run.last and run.is_finished(trainer.max_steps):
+        if _is_rank_zero():
+            _say(f"{run.path}: finished already; a larger --trainer.max_steps continues it")
         return
     if _is_rank_zero():
-        _announce(cli, checkpoint)
+        _announce(cli, found)
+        _warn_of_little_space(cli, trainer.max_steps)
         run.write_manifest(identity, run_id=cli.run_id, arm=arm_name(cli.model.sink), is_finished=False)
         run.prepare(cli.datamodule.path / TOKENIZER_FILE)
         write_text(run.path / "config.yaml", cli.dump())
-    try:
-        _train(cli, trainer, checkpoint)
-    except Stopped:
-        if _is_rank_zero():
-            raise
-        return  # rank 0 speaks for all: Lightning kills it if it finds another one failed
+        if found.passed_over:
+            set_aside(found)
+    _train(cli, trainer, found.checkpoint)
     if trainer.is_global_zero:
         _finish(cli, trainer, identity)
 
@@ -79,24 +130,39 @@ def _is_rank_zero() -> bool:
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
-def _checkpoint_to_resume(cli: TrainingCLI, identity: dict[str, Any]) -> Path | None:
-    run, resume = cli.run, cli.config.resume
-    if not _is_rank_zero():  # only rank 0 checks the folder, which it is writing to already
-        if resume == "auto":
-            return run.last if run.last.exists() else None
-        return None if resume == "none" else Path(resume)
-    checkpoint = run.checkpoint_to_resume(resume, identity)
-    if checkpoint is not None and resume != "auto":
-        same = {key: identity[key] for key in ("model", "data_fingerprint", "seed_everything")}
-        remedy = "to start anew from its weights, use --model.init_from instead"
-        _check_made_with(same, f"--resume {checkpoint}", checkpoint, remedy)
-    return checkpoint
+def _start(cli: TrainingCLI) -> Continuation:
+    """What the run continues from, found alike by every rank."""
+    resume = cli.config.resume
+    if resume == "none":
+        return Continuation(None, {})
+    if resume != "auto":
+        return Continuation(Path(resume), {})
+    found = newest_whole(cli.run.checkpoints)
+    if found.passed_over and found.checkpoint is None:
+        problems = "; ".join(found.passed_over.values())
+        raise ConfigError(f"{problems}; pass --resume PATH, or choose another --run")
+    return found
+
+
+def _check_named(resume: str, identity: dict[str, Any]) -> None:
+    """Refuse a checkpoint that the user named: missing, damaged, or made with other settings."""
+    if resume in ("auto", "none"):
+        return
+    checkpoint = Path(resume)
+    if not checkpoint.is_file():
+        raise ConfigError(
+            f"--resume {resume}: there is no such checkpoint; use auto, none or a checkpoint's path"
+        )
+    decisive = ("model", "optimizer", "data_fingerprint", "seed_everything")
+    remedy = "to start anew from its weights, use --model.init_from instead"
+    _check_made_with({key: identity[key] for key in decisive}, f"--resume {checkpoint}", checkpoint, remedy)
+    check_whole(checkpoint)
 
 
 def _check_made_with(identity: dict[str, Any], typed: str, checkpoint: Path, remedy: str) -> None:
     """Refuse a checkpoint that the user named, if it differs from the settings in these keys of theirs."""
     facts = checkpoint_facts(checkpoint)
-    made_with = facts | {"seed_everything": facts.get("seed")}
+    made_with = ONCE_IMPLIED | facts | {"seed_everything": facts.get("seed")}
     found = differences({key: made_with.get(key) for key in identity}, identity)
     if found:
         raise ConfigError(f"{typed} was made with {found}; {remedy}")
@@ -106,6 +172,7 @@ def _check_together(cli: TrainingCLI, trainer: pl.Trainer) -> None:
     """Find what does not fit together before anything is written: steps, batches, devices, text."""
     cli.model.trainer = cli.datamodule.trainer = trainer
     cli.model.schedule  # noqa: B018
+    cli.model.check_strategy()
     cli.datamodule.train_dataloader()
     cli.datamodule.val_dataloader()
 
@@ -121,30 +188,57 @@ def _train(cli: TrainingCLI, trainer: pl.Trainer, checkpoint: Path | None) -> No
         raise
 
 
-def _announce(cli: TrainingCLI, checkpoint: Path | None) -> None:
-    config = cli.model.model_config(cli.datamodule)
-    num_parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
+def _announce(cli: TrainingCLI, found: Continuation) -> None:
+    config, checkpoint = cli.model.model_config(cli.datamodule), found.checkpoint
     start = "from the start" if checkpoint is None else f"from {checkpoint.resolve().name}"
-    _say(f"{cli.run.path}: {arm_name(config.sink)}, {num_parameters / 1e6:.1f}m parameters, {start}")
+    for problem in found.passed_over.values():
+        _say(f"{cli.run.path}: {problem}; continuing from the one before")
+    _say(f"{cli.run.path}: {arm_name(config.sink)}, {_num_parameters(cli) / 1e6:.1f}m parameters, {start}")
     before = cli.run.path / "config.yaml"
     if checkpoint is not None and before.exists():
         for line in _changed_lines(before.read_text(encoding="utf-8"), cli.dump()):
             _say(f"  changed since the last start: {line}")
 
 
+def _num_parameters(cli: TrainingCLI) -> int:
+    config = cli.model.model_config(cli.datamodule)
+    return sum(parameter.numel() for parameter in empty_model(config).parameters())
+
+
+def _warn_of_little_space(cli: TrainingCLI, max_steps: int) -> None:
+    """Say now what would otherwise end the run at one of its checkpoints."""
+    folder = cli.run.checkpoints
+    there = sum(path.stat().st_size for path in folder.glob("step-*.ckpt"))
+    needed = BYTES_OF_A_PARAMETER * _num_parameters(cli) * cli.config_init.checkpoint.most_at_once(max_steps)
+    free = shutil.disk_usage(cli.run.path).free
+    if free + there < needed:
+        _say(
+            f"{cli.run.path}: checkpoints will take some {(needed - there) / 1e9:.1f} GB "
+            f"and {free / 1e9:.1f} GB are free; free some space, or use a smaller --checkpoint.keep"
+        )
+
+
 def _changed_lines(before: str, after: str) -> list[str]:
-    old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(after))
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changed]
+    """One line for each setting; another class is one line too, whatever its own settings."""
+    return list(_changes("", yaml.safe_load(before), yaml.safe_load(after)))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
+    is_section = isinstance(old, dict) and isinstance(new, dict)
+    if is_section and old.get("class_path") == new.get("class_path"):
+        for key in {**old, **new}:
+            yield from _changes(f"{name}.{key}" if name else key, old.get(key), new.get(key))
+    elif old != new:
+        yield f"{name} {_brief(old)} -> {_brief(new)}"
+
+
+def _brief(value: Any) -> Any:
+    """A class by its name, anything else as it is."""
+    if isinstance(value, list):
+        return [_brief(entry) for entry in value]
+    if isinstance(value, dict) and "class_path" in value:
+        return value["class_path"].rpartition(".")[2]
+    return value
 
 
 def _finish(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> None:

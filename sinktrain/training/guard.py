@@ -29,6 +29,7 @@ class SpikeGuard:
     def __init__(self, sigma: float | None, device: torch.device) -> None:
         self.sigma = sigma
         self._losses = torch.zeros(WINDOW, dtype=torch.float32, device=device)
+        self._places = torch.arange(WINDOW, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -45,19 +46,18 @@ class SpikeGuard:
         skip = ~is_finite
         if self.sigma is not None:
             skip = skip | self._is_spike(loss, self.sigma)
-        place = self._count % WINDOW
-        known = self._losses[place]
-        self._losses[place] = torch.where(is_finite, loss, known)
+        is_next = self._places == self._count % WINDOW  # an index would make the host wait for it
+        self._losses.copy_(torch.where(is_next & is_finite, loss, self._losses))
         self._count += is_finite
         self._skipped += skip
-        self._in_a_row.copy_(torch.where(skip, self._in_a_row + 1, 0))
+        self._in_a_row.add_(1).mul_(skip)
         return skip.to(torch.float32)
 
     def _is_spike(self, loss: Tensor, sigma: float) -> Tensor:
-        is_known = torch.arange(WINDOW, device=loss.device) < self._count
+        is_known = self._places < self._count
         count = self._count.clamp(min=2, max=WINDOW)
         mean = self._losses.sum() / count  # places not yet taken hold 0
-        variance = torch.where(is_known, (self._losses - mean) ** 2, 0.0).sum() / (count - 1)
+        variance = ((self._losses - mean) ** 2 * is_known).sum() / (count - 1)
         return (self._count >= WINDOW // 2) & (loss > mean + sigma * variance.sqrt())
 
     @property

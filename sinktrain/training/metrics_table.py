@@ -22,6 +22,8 @@ COLUMNS = (
     "data_wait",
     "mfu",
     "mfu_causal",
+    "memory_bytes",
+    "eta_s",
 )
 
 

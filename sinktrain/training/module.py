@@ -8,6 +8,8 @@ and a run continues on another number of devices or with other micro-batches wit
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -21,11 +23,15 @@ from sinktrain.data.windows import IGNORED, insert_sinks, shared_targets
 from sinktrain.errors import ConfigError
 from sinktrain.model.checkpoints import CHECKPOINT_KEY, FORMAT_VERSION, load_model
 from sinktrain.model.config import ModelConfig, NetworkConfig, SinkConfig
-from sinktrain.model.init import initialize
+from sinktrain.model.init import continue_from, initialize
 from sinktrain.model.neox import GPTNeoX
+from sinktrain.training.graphed import GraphedStepper
+from sinktrain.training.muon import muon, muon_groups
 from sinktrain.training.optim import adamw, parameter_groups
 from sinktrain.training.schedule import Schedule
 from sinktrain.training.step import Stepper, fast_attention
+
+GRAPHED_PARAMETERS = 100_000_000
 
 
 class Pretraining(pl.LightningModule):
@@ -34,6 +40,8 @@ class Pretraining(pl.LightningModule):
     Args:
         network: sizes of the network.
         sink: what the model is trained to lean on; ``none`` is vanilla.
+        optimizer: ``adamw``, or ``muon`` for the matrices of the layers and AdamW for the rest, with the
+            same learning rate and weight decay.
         learning_rate: peak, after warm-up.
         schedule: ``cosine`` or ``wsd`` (warm-up, stable, decay).
         warmup_steps: linear warm-up; 1% of ``trainer.max_steps`` when null.
@@ -49,16 +57,21 @@ class Pretraining(pl.LightningModule):
         compile: compile the network in place; on CUDA only when null.
         recompute_activations: keep no activations inside layers, but compute them again in the backward
             pass: a third more work in a fraction of the memory.
-        init_from: a MODEL whose weights training starts from, instead of Pythia's initialisation.
+        cuda_graph: replay a step as one CUDA graph, on one CUDA device; when null, for models of up to
+            100m parameters, which otherwise wait for launches.
+        init_from: a MODEL whose weights training starts from, instead of Pythia's initialisation. Sinks that
+            it was not trained with get freshly drawn embeddings, in rows that its vocabulary already has.
         seed: of the initialisation; ``seed_everything``.
     """
 
     network: GPTNeoX | None
+    sink_ids: Tensor
 
     def __init__(
         self,
         network: NetworkConfig,  # no default instances here: their derived fields would become settings
         sink: SinkConfig,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 6e-4,
         schedule: Literal["cosine", "wsd"] = "cosine",
         warmup_steps: int | None = None,
@@ -72,6 +85,7 @@ class Pretraining(pl.LightningModule):
         max_skipped_steps: int = 16,
         compile: bool | None = None,
         recompute_activations: bool = False,
+        cuda_graph: bool | None = None,
         init_from: str | None = None,
         seed: int = 1234,
     ) -> None:
@@ -81,6 +95,7 @@ class Pretraining(pl.LightningModule):
         self.automatic_optimization = False
         self.network_config = network
         self.sink = sink
+        self.optimizer_kind = optimizer
         self.learning_rate = learning_rate
         self.schedule_kind = schedule
         self.warmup_steps = warmup_steps
@@ -94,6 +109,7 @@ class Pretraining(pl.LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.should_compile = compile
         self.recompute_activations = recompute_activations
+        self.cuda_graph = cuda_graph
         self.init_from = init_from
         self.seed = seed
         self.network = None
@@ -104,33 +120,85 @@ class Pretraining(pl.LightningModule):
 
     def model_config(self, data: WindowData) -> ModelConfig:
         """What is trained on this data; shards give the sizes and sink ids that the settings leave open."""
+        if self._source is not None:
+            return self._continued_config(self._source.config, data)
         manifest = data.manifest
-        source = load_model(self.init_from).config.network if self.init_from else self.network_config
-        vocab_size = source.vocab_size or manifest.padded_vocab_size
+        vocab_size = self.network_config.vocab_size or manifest.padded_vocab_size
         if vocab_size < manifest.padded_vocab_size:
             raise ConfigError(
                 f"model.network.vocab_size is {vocab_size} but the shards need "
                 f"{manifest.padded_vocab_size} rows; leave it out to take the shards'"
             )
-        sizes = vars(source) | {"vocab_size": vocab_size, "max_position_embeddings": data.seq_len}
-        token_ids = self.sink.token_ids or tuple(manifest.sink_token_ids[: self.sink.count])
-        return ModelConfig(NetworkConfig(**sizes), SinkConfig(self.sink.kind, self.sink.count, token_ids))
+        token_ids = self.sink.token_ids or manifest.sink_token_ids[: self.sink.count]
+        return self._config_on(data, replace(self.network_config, vocab_size=vocab_size), token_ids)
+
+    def _continued_config(self, source: ModelConfig, data: WindowData) -> ModelConfig:
+        """The network of ``init_from``; its own sinks come first, those of the shards next."""
+        manifest = data.manifest
+        if source.vocab_size < manifest.vocab_size:
+            raise ConfigError(
+                f"--model.init_from {self.init_from} has {source.vocab_size} vocabulary rows and the shards "
+                f"have {manifest.vocab_size} token ids; prepare the text with the model's own tokenizer "
+                "(sinktrain prepare TEXT --tokenizer …)"
+            )
+        own = source.sink.token_ids
+        others = tuple(i for i in manifest.sink_token_ids if i not in own)
+        token_ids = self.sink.token_ids or (own + others)[: self.sink.count]
+        outside = [i for i in token_ids if i >= source.vocab_size]
+        if outside:
+            raise ConfigError(
+                f"--model.init_from {self.init_from} has {source.vocab_size} vocabulary rows and none for "
+                f"sink token {outside[0]}; name rows that the text never uses with --model.sink.token_ids"
+            )
+        return self._config_on(data, source.network, token_ids)
+
+    def _config_on(self, data: WindowData, network: NetworkConfig, token_ids: tuple[int, ...]) -> ModelConfig:
+        sink = SinkConfig(self.sink.kind, self.sink.count, token_ids)
+        return ModelConfig(replace(network, max_position_embeddings=data.seq_len), sink)
+
+    @cached_property
+    def _source(self) -> GPTNeoX | None:
+        """The model of ``init_from``, read once."""
+        return load_model(self.init_from) if self.init_from else None
 
     def configure_model(self) -> None:
         if self.network is not None:
             return
         self.network = GPTNeoX(self.model_config(self._data))
-        if self.init_from:
-            self.network.load_state_dict(load_model(self.init_from).state_dict())
-        else:
+        if self._source is None:
             initialize(self.network, self.seed)
+        else:
+            continue_from(self.network, self._source, self.seed)
+            self._source.to("meta")  # its weights have been taken
         self.network.recomputes_activations = self.recompute_activations
-        use_cuda = self.trainer.strategy.root_device.type == "cuda"
-        if self.should_compile or (self.should_compile is None and use_cuda):
-            self.network.compile(dynamic=False)
+        self.register_buffer(
+            "sink_ids", torch.tensor(self.network.sink_ids, dtype=torch.int64), persistent=False
+        )
+        strategy: Any = self.trainer.strategy
+        is_sharded = hasattr(strategy, "shard")
+        if is_sharded:
+            strategy.shard(self.network)
+        use_cuda = strategy.root_device.type == "cuda"
+        self.is_compiled = use_cuda if self.should_compile is None else self.should_compile
+        if self.is_compiled:
+            # Layer by layer where they are gathered one by one: a graph would break at each of them.
+            for part in self.network.gpt_neox.layers if is_sharded else [self.network]:
+                part.compile(dynamic=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self.require_network, self.learning_rate, self.weight_decay, self.betas, self.eps)
+        make = muon if self.optimizer_kind == "muon" else adamw
+        return make(self.require_network, self.learning_rate, self.weight_decay, self.betas, self.eps)
+
+    def check_strategy(self) -> None:
+        """Refuse settings that the strategy cannot serve: it may know some, and muon needs whole matrices."""
+        strategy: Any = self.trainer.strategy
+        if hasattr(strategy, "check"):
+            strategy.check(self)
+        if self.optimizer_kind == "muon" and hasattr(strategy, "stepper"):
+            raise ConfigError(
+                f"model.optimizer muon needs whole matrices, which {type(strategy).__name__} shards; "
+                "use --config ddp, or --model.optimizer adamw"
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -167,8 +235,7 @@ class Pretraining(pl.LightningModule):
         return self._stepper
 
     def _inputs_and_targets(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        sink_ids = torch.tensor(self.require_network.sink_ids, dtype=windows.dtype, device=windows.device)
-        return insert_sinks(windows, sink_ids, self._data.score_sink)
+        return insert_sinks(windows, self.sink_ids, self._data.score_sink)
 
     # -- held-out loss ----------------------------------------------------------------------------
 
@@ -195,11 +262,15 @@ class Pretraining(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self._data
+        for state in checkpoint.get("optimizer_states", ()):
+            for group in state["param_groups"]:
+                group["lr"] = float(group["lr"])  # in a CUDA graph a tensor
         checkpoint[CHECKPOINT_KEY] = {
             "format_version": FORMAT_VERSION,
             "code_version": __version__,
             "model": self.require_network.config.to_dict(),
             "arm": arm_name(self.sink),
+            "optimizer": self.optimizer_kind,
             "seed": self.seed,
             "data_fingerprint": data.manifest.fingerprint,
             "samples_consumed": data.samples_consumed,
@@ -212,20 +283,34 @@ class Pretraining(pl.LightningModule):
         self._resumed = checkpoint[CHECKPOINT_KEY]
 
     def on_train_start(self) -> None:
-        make_stepper = getattr(self.trainer.strategy, "stepper", Stepper)
-        self._stepper = make_stepper(self)
+        self._stepper = self._stepper_class()(self)
         if self._resumed:
             _restore_rng(self._resumed["rng"])
             if "guard" in self._resumed:  # not written before version 0.5
                 self.stepper.guard.load_state_dict(self._resumed["guard"])
         self._apply_optimizer_settings()
 
+    def teardown(self, stage: str) -> None:
+        self._stepper = None  # a CUDA graph holds the memory of a step
+
+    def _stepper_class(self) -> type[Stepper]:
+        strategy: Any = self.trainer.strategy
+        if hasattr(strategy, "stepper"):
+            return cast(type[Stepper], strategy.stepper)
+        if self.cuda_graph is None:
+            num_parameters = sum(p.numel() for p in self.require_network.parameters())
+            is_graphed = self.is_compiled and num_parameters <= GRAPHED_PARAMETERS
+        else:
+            is_graphed = self.cuda_graph
+        can_graph = strategy.root_device.type == "cuda" and self.trainer.world_size == 1
+        return GraphedStepper if is_graphed and can_graph and not self.recompute_activations else Stepper
+
     def _apply_optimizer_settings(self) -> None:
         """Let the settings win over those that an optimizer's state brought from a checkpoint."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
-        for group, fresh in zip(
-            optimizer.param_groups, parameter_groups(self.require_network, self.weight_decay), strict=True
-        ):
+        groups_of = muon_groups if self.optimizer_kind == "muon" else parameter_groups
+        fresh_groups = groups_of(self.require_network, self.weight_decay)
+        for group, fresh in zip(optimizer.param_groups, fresh_groups, strict=True):
             group.update(weight_decay=fresh["weight_decay"], betas=self.betas, eps=self.eps)
 
     @property

@@ -6,9 +6,14 @@ run folder movable and self-contained.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,9 @@ from sinktrain.errors import ConfigError
 from sinktrain.files import write_json
 
 FORMAT_VERSION = 1
+LOCK = ".lock"
+ONCE_IMPLIED = {"optimizer": "adamw"}
+"""What runs were made with, and did not write down, before there was a choice."""
 
 
 @dataclass(frozen=True)
@@ -58,45 +66,70 @@ class RunFolder:
     def write_manifest(self, identity: dict[str, Any], **facts: Any) -> None:
         write_json(self.manifest, {"format_version": FORMAT_VERSION, "identity": identity, **facts})
 
-    def checkpoint_to_resume(self, resume: str, identity: dict[str, Any]) -> Path | None:
-        """The checkpoint that a run continues from; None starts afresh.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other processes out until the end of this one, however it comes.
+
+        Raises:
+            ConfigError: another process trains there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = self._lock()
+        try:
+            yield
+        finally:
+            (self.path / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def _lock(self) -> int:
+        """A descriptor that holds the lock, which the kernel releases when the process dies."""
+        while True:
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._hold(descriptor)
+            if _is_same_file(descriptor, self.path / LOCK):  # or its last holder has just removed it
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return descriptor
+            os.close(descriptor)
+
+    def _hold(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise ConfigError(
+                f"--run {self.path}: {holder} trains there; wait for it, or choose another --run"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def prepare(self, tokenizer: Path) -> None:
+        """Make the folder, with the tokenizer that its model will need; what killed writers left goes."""
+        for path in self.path.iterdir():
+            if _is_leftover(path):
+                path.unlink()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if tokenizer.exists():
+            shutil.copyfile(tokenizer, self.path / "tokenizer.json")
+
+    def check_is_ours(self, resume: str, identity: dict[str, Any]) -> None:
+        """Refuse a folder that this run may not go on in, with nothing written.
 
         Args:
             resume: ``auto``, ``none`` or a checkpoint's path.
             identity: what the run is; a folder made by another is refused.
 
         Raises:
-            ConfigError: the folder holds something else, or the checkpoint is missing.
+            ConfigError: the folder holds something else.
         """
-        self._check_is_ours(resume, identity)
-        if resume == "none":
-            return None
-        if resume == "auto":
-            if self.last.is_symlink() and not self.last.exists():
-                raise ConfigError(
-                    f"{self.last} names {self.last.readlink()}, which is gone; pass --resume PATH"
-                )
-            return self.last if self.last.exists() else None
-        if not Path(resume).is_file():
-            raise ConfigError(
-                f"--resume {resume}: there is no such checkpoint; use auto, none or a checkpoint's path"
-            )
-        return Path(resume)
-
-    def prepare(self, tokenizer: Path) -> None:
-        """Make the folder, with the tokenizer that its model will need."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if tokenizer.exists():
-            shutil.copyfile(tokenizer, self.path / "tokenizer.json")
-
-    def _check_is_ours(self, resume: str, identity: dict[str, Any]) -> None:
         if not self.path.exists():
             return
         if not self.path.is_dir():
             raise ConfigError(f"--run {self.path} is a file; choose another folder")
         manifest = self.read_manifest()
         if manifest is None:
-            if any(self.path.iterdir()):
+            if any(path.name != LOCK and not _is_leftover(path) for path in self.path.iterdir()):
                 raise ConfigError(
                     f"--run {self.path} holds something that is not a run; choose another folder"
                 )
@@ -105,9 +138,18 @@ class RunFolder:
             raise ConfigError(
                 f"--run {self.path} holds a run; choose another folder, or continue it (--resume auto)"
             )
-        found = differences(manifest.get("identity", {}), identity)
+        found = differences(ONCE_IMPLIED | manifest.get("identity", {}), identity)
         if found:
             raise ConfigError(f"--run {self.path} was made with {found}; choose another --run")
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether this is what remains of an atomic write that was cut off."""
+    return re.fullmatch(r"\..*\.tmp-\d+", path.name) is not None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:

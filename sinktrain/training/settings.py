@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import uuid
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import yaml
+from jsonargparse import ActionYesNo
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,13 +23,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sinktrain.data.datamodule import WindowData
 from sinktrain.errors import ConfigError, did_you_mean
+from sinktrain.training.checks import check_precision
+from sinktrain.training.companions import Companions
 from sinktrain.training.configs import default_run, with_config_paths
+from sinktrain.training.loggers import LoggedRun
 from sinktrain.training.metrics import Metrics, ProgressBar
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining
 from sinktrain.training.run import RunFolder
 from sinktrain.training.saving import Checkpoints, CheckpointSettings
-from sinktrain.training.stopping import StopOnSignal
+from sinktrain.training.stopping import StopOnSignal, StopWhenSkipping
+from sinktrain.training.trial import StopAfter, trial_settings
 
 TRAINER_DEFAULTS = {
     "accelerator": "auto",
@@ -44,7 +51,10 @@ TRAINER_DEFAULTS = {
 }
 
 UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "precision": (lambda value: value in ("16-mixed", "16-true", "16", 16), "bf16-mixed or 32-true"),
+    "precision": (
+        lambda value: value not in (None, "bf16-mixed", "bf16", "32-true", "32", 32),  # weights are float32
+        "bf16-mixed or 32-true",
+    ),
     "accumulate_grad_batches": (lambda value: value != 1, "data.micro_batch, which does the same"),
     "gradient_clip_val": (lambda value: value is not None, "model.clip_norm"),
 }
@@ -90,6 +100,7 @@ class TrainingCLI(LightningCLI):
     model: Pretraining
     datamodule: WindowData
     run_id: str
+    uploads_model: bool
 
     def __init__(self, args: list[str]) -> None:
         _quiet_lightning()
@@ -113,6 +124,9 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--run", type=optional, default=None, help="folder; after the configs when null")
         parser.add_argument("--resume", default="auto", help="auto, none or a checkpoint's path")
         parser.add_argument("--ckpt_path", type=optional, default=None, help="what validate scores")
+        parser.add_argument(
+            "--dry_run", action=ActionYesNo, nargs="?", default=False, help="check and plan, but do nothing"
+        )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(StreamingSettings, "streaming")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -122,17 +136,30 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args)
         if not 0 <= self.config.seed_everything < 2**32:
             raise ConfigError(f"seed_everything is {self.config.seed_everything}; use 0 to {2**32 - 1}")
+        if self.num_trial_steps < 0:
+            raise ConfigError(
+                f"trainer.fast_dev_run is {self.num_trial_steps}; use true, or a number of steps"
+            )
 
     def before_instantiate_classes(self) -> None:
         loggers = self.config.trainer.logger
         self.run_id = self.run.read_id() or uuid.uuid4().hex[:12]
+        self.uploads_model = False
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if hasattr(logger, "class_path"):
                 _place_logger(logger, self.run, self.run_id)
+                self.uploads_model |= _uploads_model(logger)
+        if self.config.dry_run or self.num_trial_steps:
+            self.config.trainer.logger = False
 
     @property
     def run(self) -> RunFolder:
         return RunFolder(Path(self.config.run or self.default_run))
+
+    @property
+    def num_trial_steps(self) -> int:
+        """``trainer.fast_dev_run``: steps of a trial, which keeps nothing; 0 for a run."""
+        return int(self.config.trainer.fast_dev_run)
 
     def instantiate_trainer(self, **_: Any) -> Any:
         """Made by ``make_trainer`` once the run folder is known."""
@@ -154,26 +181,37 @@ class TrainingCLI(LightningCLI):
         if is_training:
             settings["callbacks"] = [*(settings["callbacks"] or []), *self._callbacks(measures)]
             settings["default_root_dir"] = self.run.path
+            settings["enable_progress_bar"] = True  # ours, which prints lines where there is no bar
+            if self.num_trial_steps:
+                settings["callbacks"].append(StopAfter(self.num_trial_steps))
+                settings |= trial_settings(self.num_trial_steps)
         else:
             settings |= {"enable_progress_bar": False, "logger": False}
         try:
             settings["plugins"] = settings["plugins"] or _cluster_plugins()
-            return pl.Trainer(**settings)
-        except (MisconfigurationException, RuntimeError, ValueError) as error:
-            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+            trainer = pl.Trainer(**settings)
+        except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
+            raise ConfigError(_trainer_refusal(error)) from error
+        check_precision(trainer.precision, trainer.strategy.root_device)
+        return trainer
 
     def _callbacks(self, measures: MoreCallbacks | None) -> list[pl.Callback]:
         metrics = Metrics(MetricsTable(self.run.path / "metrics.csv"))
         checkpoints = Checkpoints(self.run.checkpoints, self.config_init.checkpoint)
         more = measures(self, metrics) if measures else []  # ahead of the checkpoint of the same step
-        callbacks = [metrics, *more, checkpoints, StopOnSignal(checkpoints)]
-        has_bar = self.config_init.trainer.enable_progress_bar is not False
-        return [*callbacks, ProgressBar(metrics)] if has_bar else callbacks
+        companions = Companions(self.run.checkpoints)
+        companions.watch_launcher()
+        stops = [StopWhenSkipping(checkpoints), StopOnSignal(checkpoints)]
+        told = LoggedRun(self.logged_settings(), self.run, self.uploads_model)
+        callbacks = [companions, metrics, *more, checkpoints, told, *stops]
+        wants_bar = self.config_init.trainer.enable_progress_bar is not False
+        return [*callbacks, ProgressBar(metrics, is_live=wants_bar and sys.stderr.isatty())]
 
     def identity(self) -> dict[str, Any]:
         """What a run folder must agree on to be continued."""
         return {
             "model": self.model.model_config(self.datamodule).to_dict(),
+            "optimizer": self.model.optimizer_kind,
             "init_from": self.model.init_from,
             "data_fingerprint": self.datamodule.manifest.fingerprint,
             "score_sink": self.datamodule.score_sink,
@@ -182,12 +220,25 @@ class TrainingCLI(LightningCLI):
 
     def dump(self) -> str:
         """Every setting, as the YAML that makes the same run again."""
-        text: str = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
+        with_nulls = {"skip_unset" if _HAS_NEW_NAMES else "skip_none": False}
+        text: str = self.parser.dump(self.config, skip_link_targets=True, format="yaml", **with_nulls)
         return text
+
+    def logged_settings(self) -> dict[str, Any]:
+        """What loggers are told: every setting but their own, which may hold keys to their services."""
+        settings: dict[str, Any] = yaml.safe_load(self.dump())
+        del settings["trainer"]["logger"]
+        return settings
 
 
 MoreCallbacks = Callable[[TrainingCLI, Metrics], list[pl.Callback]]
 """What a run does besides, made of its settings: handed in by whoever may import what it needs."""
+
+
+def _trainer_refusal(error: Exception) -> str:
+    message = " ".join(str(error).split()).rstrip("!.")
+    is_about_devices = re.search(r"(?i)devices|accelerator|backend|gpu", message)
+    return f"trainer: {message}{'; sinktrain doctor shows the devices' if is_about_devices else ''}"
 
 
 def _cluster_plugins() -> list[SLURMEnvironment]:
@@ -233,6 +284,22 @@ def _place_logger(logger: Any, run: RunFolder, run_id: str) -> None:
         logger.init_args[key] = value
 
 
+def _uploads_model(logger: Any) -> bool:
+    """Whether W&B is to have the model: Lightning's setting, which without its checkpoints does nothing."""
+    settings = logger.get("init_args") or {}
+    if not logger.class_path.endswith("WandbLogger"):
+        return False
+    log_model = settings.get("log_model", False)
+    if log_model not in (True, False):
+        raise ConfigError(f"trainer.logger: log_model {log_model} is not supported; use true (the last one)")
+    if log_model and settings.get("offline"):
+        raise ConfigError(
+            "trainer.logger: log_model and offline do not go together; "
+            "leave offline out and set WANDB_MODE=offline, and `wandb sync` uploads both"
+        )
+    return bool(log_model)
+
+
 def _need(package: str, remedy: str) -> None:
     if find_spec(package) is None:
         raise ConfigError(f"trainer.logger needs the package {package}; {remedy}, or leave that overlay out")
@@ -244,6 +311,15 @@ def _need(package: str, remedy: str) -> None:
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigError(_plain_message(message, self)) from ex
+
+    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
+        """What Lightning 2.6.6 calls by its old name."""
+        instantiate = self.instantiate if _HAS_NEW_NAMES else super().instantiate_classes
+        return instantiate(cfg, **options)
+
+
+_HAS_NEW_NAMES = hasattr(LightningArgumentParser, "instantiate")
+"""Since jsonargparse 4.49, which warns of the old ones."""
 
 
 _UNKNOWN_SETTING = re.compile(

@@ -1,7 +1,7 @@
 """One optimizer step, from windows to weights; nothing in it waits for the device.
 
 ``Stepper`` is for one device and for DDP. What shards weights, gradients or the optimizer has a stepper
-of its own (``sinktrain.training.strategies``).
+of its own (``sinktrain.training.fsdp``, ``sinktrain.training.zero``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
@@ -32,6 +32,13 @@ def fast_attention() -> AbstractContextManager[None]:
     return cast(AbstractContextManager[None], sdpa_kernel(ATTENTION, set_priority=True))
 
 
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum in place; Lightning's own has a barrier in it, which waits for the device."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+    return value
+
+
 class Stepper:
     """Gradients of a rank's share of a global batch, clipped, judged and applied.
 
@@ -51,12 +58,22 @@ class Stepper:
 
     def __call__(self, windows: Tensor, learning_rate: float) -> None:
         """Train on int64[rows, seq + 1]."""
+        optimizer = cast(Any, self.module.optimizers())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.compute(windows)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def compute(self, windows: Tensor) -> None:
+        """Leave gradients for the optimizer: it clips them as it reads them, and skips a step if told so."""
         with fast_attention():
             local_loss = self.accumulate(windows)
         self.loss = self.mean_over_ranks(local_loss)
         self.grad_norm = self.norm()
-        skip = self.guard.judge(self.loss, self.grad_norm)
-        self.update(learning_rate, skip)
+        optimizer = cast(Any, self.module.optimizers()).optimizer
+        optimizer.grad_scale = (self.grad_norm / self.module.clip_norm).clamp(min=1.0)
+        optimizer.found_inf = self.guard.judge(self.loss, self.grad_norm)
 
     def accumulate(self, windows: Tensor) -> Tensor:
         """Add up the gradients of all micro-batches; returns the rank's mean loss, float[]."""
@@ -79,20 +96,8 @@ class Stepper:
         return cast(AbstractContextManager[None], block())
 
     def mean_over_ranks(self, loss: Tensor) -> Tensor:
-        return cast(Tensor, self.strategy.reduce(loss, reduce_op="mean"))
+        return sum_over_ranks(loss) / self.module.trainer.world_size
 
     def norm(self) -> Tensor:
         """Euclidean norm of the whole gradient, float[]."""
         return get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None], foreach=True)
-
-    def update(self, learning_rate: float, skip: Tensor) -> None:
-        """Let the optimizer clip as it reads the gradients, and do nothing where ``skip`` is 1."""
-        assert self.grad_norm is not None
-        optimizer = cast(Any, self.module.optimizers())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        inner = optimizer.optimizer
-        inner.grad_scale = (self.grad_norm / self.module.clip_norm).clamp(min=1.0)
-        inner.found_inf = skip
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
