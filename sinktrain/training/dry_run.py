@@ -40,12 +40,14 @@ ASSUMED_MFU = 0.40
 NEWEST_ROWS = 20
 """Rows of ``metrics.csv`` whose middle speed is that of the run."""
 
-KEPT_WIDTHS = 9
+KEPT_WIDTHS, FUSED_KEPT_WIDTHS = 9, 7
 """Activations of a layer that its backward pass reads, each ``hidden_size`` wide: the residual stream,
-two normalised copies, query, key and value, rotated query and key, what attention mixed."""
+two normalised copies, query, key and value, rotated query and key (in place where attention is fused with
+its projection), what attention mixed."""
 
-KEPT_MLP_WIDTHS = 2
-"""The same, each ``intermediate_size`` wide: before and after the activation function."""
+KEPT_MLP_WIDTHS, FUSED_KEPT_MLP_WIDTHS = 2, 1
+"""The same, each ``intermediate_size`` wide: before and, where it is not computed again, after the
+activation function."""
 
 FUSED_LOGITS_BYTES = GIB
 """Most logits that the fused loss holds (``sinktrain.model.fused.LOGITS_BYTES``; that needs Triton)."""
@@ -112,15 +114,14 @@ def estimate_memory(
     State is 16 bytes a parameter (12 to 16 under Muon), of which strategies that shard leave each device
     its part. Activations are those that autograd keeps, ``KEPT_WIDTHS`` and ``KEPT_MLP_WIDTHS``, and the
     float32 log-sum-exp of each head; with ``recomputes`` the residual stream of every layer and all of one
-    layer. The same formula gives 22.9 GiB for 160m at micro-batch 32 on an H100, where 23.5 were measured;
-    where attention is fused with its projection it is about 2 GiB less.
+    layer. The same formula gives 16.1 GiB for 160m at micro-batch 32 on an H100, where 16.6 were measured.
 
     Args:
         config: model, sink included.
         rows: samples of a micro-batch.
         is_mixed: matrix products in bf16; otherwise everything is float32.
-        is_fused: the loss never holds all logits (CUDA); otherwise they and their float32 log-softmax
-            are held, and its gradient.
+        is_fused: layers and loss as CUDA has them; otherwise all logits, their float32 log-softmax and
+            its gradient are held.
         strategy: of the run; None for one device.
     """
     network, empty = config.network, empty_model(config)
@@ -136,10 +137,11 @@ def estimate_memory(
     assert network.intermediate_size is not None
     tokens = rows * seq_len
     residual = tokens * network.hidden_size * element
-    layer = tokens * (
-        (KEPT_WIDTHS * network.hidden_size + KEPT_MLP_WIDTHS * network.intermediate_size) * element
-        + 4 * network.num_attention_heads
-    )
+    widths, mlp_widths = KEPT_WIDTHS, KEPT_MLP_WIDTHS
+    if is_fused:
+        widths, mlp_widths = FUSED_KEPT_WIDTHS, FUSED_KEPT_MLP_WIDTHS
+    kept = widths * network.hidden_size + mlp_widths * network.intermediate_size
+    layer = tokens * (kept * element + 4 * network.num_attention_heads)
     layers = network.num_hidden_layers
     all_logits = tokens * config.vocab_size
     return Memory(

@@ -262,6 +262,7 @@ def _quiet_lightning() -> None:
         ".*litlogger.*",
         ".*sync_dist=True.*",  # val/loss is summed over the ranks already
         ".*broadcast_buffers.*",
+        ".*AccumulateGrad node's stream.*",  # of DDP's own making, on CUDA
     ):
         warnings.filterwarnings("ignore", message=text)
 

@@ -32,7 +32,7 @@ class StopOnSignal(Callback):
     that ran out of time, which it may submit again, from one that somebody cancelled.
 
     The handler only sets a flag. Lightning 2.6.6's own broadcasts inside the handler, which waits for
-    ever when a rank other than 0 gets the signal.
+    ever when a rank other than 0 gets the signal, and once a step besides, which waits for the device.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -52,6 +52,9 @@ class StopOnSignal(Callback):
             self._previous[signum] = signal.signal(signum, self._note)
         self._agreed_at, self._agreed_step = time.perf_counter(), trainer.global_step
         self._next_step = trainer.global_step + 1
+        loop: Any = trainer.fit_loop.epoch_loop
+        if hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning 2.6.6
+            loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_end(self, *_: Any) -> None:
         self._restore_handlers()
