@@ -13,6 +13,7 @@ _PUBLIC = {
     "ConfigError": "sinktrain.errors",
     "DataError": "sinktrain.errors",
     "ModelError": "sinktrain.errors",
+    "TrainingError": "sinktrain.errors",
     "StreamError": "sinktrain.errors",
     "ExportError": "sinktrain.errors",
     "load_model": "sinktrain.model.checkpoints",

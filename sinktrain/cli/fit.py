@@ -19,7 +19,8 @@ Train a model on prepared shards. Cut off, the same command continues where it w
   --data.global_batch N, --data.micro_batch N      samples of a step, and computed at once
   --trainer.max_steps N, --trainer.devices N       as Lightning has them
   --model.sink.kind token, --model.init_from MODEL, --model.optimizer muon, --model.learning_rate X, …
-  --checkpoint.every_n_steps N, --seed_everything N
+  --checkpoint.every_n_steps N, --checkpoint.keep N        save so often, keep the newest (2) of them
+  --seed_everything N
   --streaming.every_n_steps N                      streaming gaps and sinks as they emerge (0: not)
   --dry_run           check everything and print tokens, FLOPs, memory, disk and time; do nothing
   --trainer.fast_dev_run N                         a trial: N steps, a validation, a checkpoint, nothing kept
