@@ -34,7 +34,9 @@ def test_first_line_is_what_an_error_says_or_its_name():
     assert first_line(ConnectionError()) == "ConnectionError"
 
 
-@pytest.mark.parametrize("child", [ConfigError, DataError, ExportError, ModelError, StreamError, TrainingError])
+@pytest.mark.parametrize(
+    "child", [ConfigError, DataError, ExportError, ModelError, StreamError, TrainingError]
+)
 def test_every_mistake_can_be_caught_as_one(child):
     with pytest.raises(sinktrain.SinktrainError):
         raise child("a line")
