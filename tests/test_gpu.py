@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from test_fit import assert_same_state
 from tiny_shards import tiny_run, write_shards
 
 from sinktrain.data.windows import IGNORED
-from sinktrain.model.config import PYTHIA, ModelConfig, SinkConfig
+from sinktrain.model.attention import CausalAttention
+from sinktrain.model.config import PYTHIA, ModelConfig, NetworkConfig, SinkConfig
 from sinktrain.model.init import initialize
 from sinktrain.model.loss import token_losses
 from sinktrain.model.neox import GPTNeoX
@@ -237,6 +239,42 @@ def test_a_compiled_step_in_bf16_has_the_gradients_of_a_plain_one(recompute: boo
     assert _off(*gradients) < 5e-2
 
 
+@pytest.mark.parametrize("name", ["pythia-14m", "pythia-160m", "pythia-1.4b", "pythia-1b"])
+def test_fused_layers_lose_no_more_in_bfloat16_than_plain_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head sizes 32, 64, 128 and, which cuDNN does not take, 256; two layers of each."""
+    sizes = {"num_hidden_layers": 2, "vocab_size": 1024, "max_position_embeddings": 300}
+    network = NetworkConfig(**{**vars(PYTHIA[name]), **sizes})
+    model = GPTNeoX(ModelConfig(network, SinkConfig()))
+    initialize(model, seed=1)
+    model.cuda()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)  # biases and norms like a trained model's
+    inputs, targets = (torch.randint(1024, (3, 300), device="cuda") for _ in range(2))
+    exact = copy.deepcopy(model).double()
+    exact(inputs, targets).backward()
+    expected = _gradient(exact)
+    fused = _gradient_in_bfloat16(model, inputs, targets)
+    monkeypatch.setattr(CausalAttention, "from_input", lambda *_: None)
+    monkeypatch.setattr("sinktrain.model.neox.has_fast_path", lambda _: False)
+    plain = _gradient_in_bfloat16(model, inputs, targets)
+    assert not torch.equal(fused, plain)
+    assert _off(fused, expected) < 1.05 * _off(plain, expected)
+
+
+def _gradient_in_bfloat16(model: GPTNeoX, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    with torch.autocast("cuda", dtype=torch.bfloat16), fast_attention():
+        loss = model(inputs, targets)
+    loss.backward()
+    return _gradient(model)
+
+
+def _gradient(model: GPTNeoX) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
 @pytest.fixture
 def _reproducible() -> Iterator[None]:
     """Takes back what ``trainer.deterministic`` sets for the whole process."""
@@ -257,6 +295,25 @@ def test_deterministic_runs_are_equal_bit_for_bit_also_when_continued(tmp_path: 
     assert_same_state(first, parts)
     assert _losses(first) == _losses(second)
     assert _losses(parts) == {step: loss for step, loss in _losses(first).items() if step > 8}
+
+
+@pytest.mark.usefixtures("_reproducible")
+@pytest.mark.parametrize("micro_batch", ["4", "8"])
+def test_steps_replayed_as_a_graph_are_the_steps_one_by_one(micro_batch: str, tmp_path: Path) -> None:
+    """Bit for bit; only the learning rate is rounded to float32. Continued, they go on alike."""
+    write_shards(tmp_path / "shards")
+    options = [*ON_GPU, "--trainer.deterministic", "true", "--data.micro_batch", micro_batch]
+    options += ["--model.schedule", "wsd", "--model.decay_steps", "0", "--model.learning_rate", "0.0078125"]
+    plain, graphed = tmp_path / "plain", tmp_path / "graphed"
+    fit(tiny_run(tmp_path / "shards", plain, *options, "--model.cuda_graph", "false"))
+    fit(
+        tiny_run(
+            tmp_path / "shards", graphed, *options, "--model.compile", "true", "--trainer.max_steps", "7"
+        )
+    )
+    fit(tiny_run(tmp_path / "shards", graphed, *options, "--model.compile", "true"))
+    assert _losses(graphed) == pytest.approx(_losses(plain), rel=1e-5)
+    assert_same_state(plain, graphed)
 
 
 @pytest.mark.parametrize("arm", [[], ["--config", "sink"]], ids=["vanilla", "sink"])
@@ -294,9 +351,9 @@ def test_peak_memory_is_logged_and_is_that_of_the_steps_since_the_row_before(tmp
 
 def test_a_step_of_160m_holds_its_states_its_activations_and_one_chunk_of_logits() -> None:
     """Micro-batch 8, 2048 tokens. Float32 weight, gradient and two moments: 16 bytes a parameter. A layer
-    keeps of a token, in units of 2 x hidden bytes: its input, two normalised inputs, q, k, v, the rotated
-    q and k, what attention gives, and the MLP's inside before and after its activation (4 each): 17; 20
-    with what is summed on the way. Twice the logits: their like is made beside them.
+    keeps of a token, in units of 2 x hidden bytes: its input, two normalised inputs, q, k, v, what attention
+    gives, and the MLP's inside before its activation (4): 11. A layer's backward pass makes 16 for itself.
+    Twice the logits: their like is made beside them.
     """
     from sinktrain.model.fused import LOGITS_BYTES
 
@@ -315,7 +372,7 @@ def test_a_step_of_160m_holds_its_states_its_activations_and_one_chunk_of_logits
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    activations = 20 * 2 * network.hidden_size * network.num_hidden_layers * 8 * 2048
+    activations = (11 * network.num_hidden_layers + 16) * 2 * network.hidden_size * 8 * 2048
     peak, bound = torch.cuda.max_memory_allocated(), 16 * parameters + activations + 2 * LOGITS_BYTES
     print(f"peak {peak / 2**30:.2f} GiB, bound {bound / 2**30:.2f} GiB")
     assert peak < bound
