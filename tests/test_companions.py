@@ -11,14 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 from test_distributed import TWO, processes_of
 from tiny_shards import tiny_run, wait_for
 
 from sinktrain.errors import TrainingError
 from sinktrain.training import companions
-from sinktrain.training.companions import Process, Watch, _check_same_start
+from sinktrain.training.companions import Companions, Process, Watch, _check_same_start
+from sinktrain.training.fit import fit
+from sinktrain.training.saving import Checkpoints
 
 # -- in this process ------------------------------------------------------------------------------
 
@@ -95,6 +99,32 @@ def test_a_fellow_that_ends_while_all_end_is_no_death(
         time.sleep(0.01)
     assert exits == []
     assert capsys.readouterr().err == ""
+
+
+def test_without_a_proc_nobody_watches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On macOS, where no process shows, ranks once took rank 0 for dead and never started."""
+    monkeypatch.setenv(companions.LAUNCHED_BY, str(os.getppid()))
+    monkeypatch.setattr(Process, "of", classmethod(lambda cls, pid: None))
+    before = threading.active_count()
+    Companions(tmp_path).watch_launcher()
+    assert threading.active_count() == before
+
+
+def test_the_last_checkpoint_is_watched_too(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watch once ended before it: of two ranks that write it together one could wait for ever."""
+    order: list[str] = []
+    for kind in (Checkpoints, Companions):
+        real = kind.on_train_end
+
+        def note(callback: Callback, *given: Any, real: Any = real) -> None:
+            real(callback, *given)
+            order.append(type(callback).__name__)
+
+        monkeypatch.setattr(kind, "on_train_end", note)
+    fit(tiny_run(shards, tmp_path / "run"))
+    assert order == ["Checkpoints", "Companions"]
 
 
 def test_ranks_that_see_different_checkpoints_are_told() -> None:

@@ -17,7 +17,7 @@ from sinktrain.errors import ConfigError
 from sinktrain.model.config import PYTHIA, ModelConfig, NetworkConfig
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.training import checks, dry_run
-from sinktrain.training.checks import check_precision
+from sinktrain.training.checks import check_device, check_precision
 from sinktrain.training.dry_run import Memory, estimate_memory, hours, in_memory, on_disk, steps_text
 from sinktrain.training.fsdp import FSDP2Strategy
 from sinktrain.training.module import Pretraining
@@ -260,6 +260,14 @@ def test_a_trial_leaves_a_run_as_it_is(finished: Path, shards: Path) -> None:
 
 
 # -- devices --------------------------------------------------------------------------------------
+
+
+def test_a_device_whose_optimizer_does_not_clip_is_refused() -> None:
+    """On a Mac, ``accelerator: auto`` takes MPS, and the first step once ended in an assertion of torch's."""
+    with pytest.raises(ConfigError, match=r"^trainer.accelerator: training on mps is not supported; use"):
+        check_device(torch.device("mps"))
+    check_device(torch.device("cpu"))
+    check_device(torch.device("cuda", 1))
 
 
 def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

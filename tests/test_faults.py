@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from sinktrain.cli import main
 from sinktrain.errors import ModelError
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.training import saving
-from sinktrain.training.checkpoint_file import check_whole
+from sinktrain.training.checkpoint_file import CheckpointFile, check_whole
 from sinktrain.training.module import Pretraining
 from sinktrain.training.run import LOCK, RunFolder
 from sinktrain.training.saving import CheckpointSettings
@@ -80,6 +83,65 @@ def test_sigusr1_saves_and_exits_with_138(
     assert main(["fit", *tiny_run(shards, tmp_path / "parts")]) == 138
     assert checkpoint(tmp_path / "parts")["global_step"] == 6
     assert_same_state(whole, train("parts"))
+
+
+# -- saving while training goes on ----------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_of_the_state_before(
+    train: Train, after_step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--checkpoint.keep", "null"]
+    whole = train("whole", *options)
+    real, is_at_6 = torch.save, threading.Event()
+
+    def save(state: dict[str, Any], file: Any) -> None:
+        assert is_at_6.wait(60)
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    after_step(6, is_at_6.set)
+    parts = train("parts", *options)
+    assert names(parts) == names(whole)
+    for name in names(whole):
+        assert_bitwise_equal(checkpoint(whole, name), checkpoint(parts, name))
+
+
+def fail() -> None:
+    raise RuntimeError("cut off")
+
+
+@pytest.mark.parametrize(
+    ("happens", "code", "last"),
+    [(lambda: None, 0, 12), (lambda: signal.raise_signal(signal.SIGTERM), 143, 5), (fail, 1, 4)],
+)
+def test_a_command_ends_when_its_last_checkpoint_is_named(
+    happens: Callable[[], None],
+    code: int,
+    last: int,
+    shards: Path,
+    tmp_path: Path,
+    after_step: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = torch.save
+
+    def save(state: dict[str, Any], file: Any) -> None:
+        time.sleep(0.3)
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    after_step(5, happens)
+    with pytest.raises(RuntimeError, match="cut off") if code == 1 else nullcontext():
+        assert main(["fit", *tiny_run(shards, tmp_path / "run")]) == code
+    assert RunFolder(tmp_path / "run").last.readlink() == Path(f"step-{last:08d}.ckpt")
+    check_whole(RunFolder(tmp_path / "run").last)
+
+
+def test_without_being_told_what_then_a_file_is_there_at_once(tmp_path: Path) -> None:
+    """As other callbacks expect it that save, such as Lightning's ModelCheckpoint."""
+    CheckpointFile().save_checkpoint({"weight": torch.ones(3)}, tmp_path / "own.ckpt")
+    check_whole(tmp_path / "own.ckpt")
 
 
 # -- disks ----------------------------------------------------------------------------------------

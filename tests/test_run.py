@@ -184,10 +184,50 @@ REFUSALS = {
         "--trainer.strategy ddpp",
         "trainer: You selected an invalid strategy name: `strategy='ddpp'`",
     ),
+    "sharding of Lightning's": (
+        NEW,
+        "--trainer.strategy deepspeed_stage_2",
+        "trainer.strategy DeepSpeedStrategy is not supported; use --config ddp, fsdp, deepspeed-zero1",
+    ),
+    "a graph without a GPU": (
+        NEW,
+        "--model.cuda_graph true",
+        "model.cuda_graph true needs one CUDA device, without --config ddp, and model.recompute_activations",
+    ),
+    "spawning": (
+        NEW,
+        "--trainer.strategy ddp_spawn --trainer.devices 2",
+        "trainer.strategy ddp_spawn is not supported; use ddp",
+    ),
     "interval": (
         NEW,
         "--trainer.val_check_interval 0.5",
-        "trainer: `val_check_interval` should be an integer",
+        "trainer.val_check_interval 0.5 is not supported; use a number of steps, or",
+    ),
+    "no interval": (
+        NEW,
+        "--trainer.val_check_interval 0",
+        "trainer.val_check_interval 0 is not supported; use a number of steps, or trainer.limit_val_batches",
+    ),
+    "interval of time": (
+        NEW,
+        "--trainer.val_check_interval 00:01:00:00 --dry_run",
+        "trainer.val_check_interval 00:01:00:00 is not supported; use a number of steps, or",
+    ),
+    "no rows": (
+        NEW,
+        "--trainer.log_every_n_steps 0",
+        "trainer.log_every_n_steps 0 is not supported; use 1 or more",
+    ),
+    "the same batches again": (
+        NEW,
+        "--trainer.limit_train_batches 3",
+        "trainer.limit_train_batches 3 is not supported; use trainer.max_steps",
+    ),
+    "overfitting": (
+        NEW,
+        "--trainer.overfit_batches 2",
+        "trainer.overfit_batches 2 is not supported; use a smaller corpus",
     ),
     "steps": (
         NEW,
@@ -320,6 +360,15 @@ def test_a_moved_run_continues(place: Path, tmp_path: Path) -> None:
     arguments = ["fit", *tiny_run(place / "shards", tmp_path / "moved", "--trainer.max_steps", "14")]
     assert main(arguments) == 0
     assert RunFolder(tmp_path / "moved").is_finished(14)
+
+
+def test_a_finished_run_that_lost_its_last_name_gets_it_again(place: Path, tmp_path: Path) -> None:
+    """As copies without links lose it: such a run trained nothing, and stayed without one."""
+    run = tmp_path / "copied"
+    shutil.copytree(place / "run", run, symlinks=True)
+    (run / "checkpoints" / "last.ckpt").unlink()
+    assert main(["fit", *tiny_run(place / "shards", run)]) == 0
+    assert os.readlink(run / "checkpoints" / "last.ckpt") == "step-00000012.ckpt"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(place: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from tiny_shards import start, tiny_run, wait_for
 import sinktrain
 from sinktrain.cli import main
 from sinktrain.model.checkpoints import load_model
-from sinktrain.training.module import Pretraining, _restore_rng, _rng_state
+from sinktrain.training.module import Pretraining
+from sinktrain.training.random_states import random_states, restore_random_states
 
 
 @pytest.fixture
@@ -119,9 +120,9 @@ def test_random_states_are_saved_and_restored(
 
 def test_random_states_survive_a_weights_only_file(tmp_path: Path) -> None:
     np.random.standard_normal()  # leaves a second draw in numpy's state
-    torch.save(_rng_state(), tmp_path / "state.pt")
+    torch.save(random_states(), tmp_path / "state.pt")
     expected = [torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), random.random()]
-    _restore_rng(torch.load(tmp_path / "state.pt", weights_only=True))
+    restore_random_states(torch.load(tmp_path / "state.pt", weights_only=True))
     assert [torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), random.random()] == expected
 
 

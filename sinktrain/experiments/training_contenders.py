@@ -134,7 +134,7 @@ class Record:
         data_wait: share of each round that waited for batches; empty without a loader.
         first_losses: of the first two steps, in nats.
         peak_mem_bytes: allocated for it while it was timed; the whole process's on the CPU.
-        checkpoint_s: seconds of one ``Checkpoints.save``.
+        checkpoint_s: seconds for which ``Checkpoints.begin`` stops training; the file is written behind it.
         parts: milliseconds of a step, from ``time_by_part``.
     """
 
@@ -207,7 +207,7 @@ class OurTraining(Contender):
     Args:
         name: of its row and its run folder.
         overlays: configs besides the workload's.
-        times_checkpoint: time one ``Checkpoints.save`` at the end.
+        times_checkpoint: time one ``Checkpoints.begin`` at the end.
         is_profiled: take the time by part at the end.
     """
 
@@ -309,7 +309,7 @@ class Rounds(Callback):
         if self.is_last and ours.times_checkpoint and self._has_disk(trainer, ours.cli.model):
             [checkpoints] = [one for one in cast(Any, trainer).callbacks if isinstance(one, Checkpoints)]
             self.clock.start()
-            checkpoints.save(trainer)
+            checkpoints.begin(trainer)
             ours.trained.checkpoint_s = self.clock.stop()
         else:  # nothing is saved where it is not timed
             _leave_out(trainer, Checkpoints)

@@ -18,6 +18,18 @@ def lacks_bfloat16(device: torch.device) -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device) < BFLOAT16_SINCE
 
 
+def check_device(device: torch.device) -> None:
+    """Refuse a device whose optimizer neither clips nor skips.
+
+    Raises:
+        ConfigError: neither a CPU nor CUDA, such as Apple's MPS.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"trainer.accelerator: training on {device.type} is not supported; use --trainer.accelerator cpu"
+        )
+
+
 def check_precision(precision: Any, device: torch.device) -> None:
     """Refuse a precision that the device does not compute in.
 

@@ -128,7 +128,8 @@ class Companions(Callback):
             TrainingError: rank 0 has died meanwhile.
         """
         pid = int(os.environ.get(LAUNCHED_BY, 0))
-        if pid in (0, os.getpid()) or "TORCHELASTIC_RUN_ID" in os.environ:
+        has_proc = Process.of(os.getpid()) is not None
+        if pid in (0, os.getpid()) or "TORCHELASTIC_RUN_ID" in os.environ or not has_proc:
             return
         rank_zero = Process.of(pid)
         if rank_zero is None:

@@ -98,7 +98,7 @@ def _continue(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -
         run.write_manifest(identity, run_id=cli.run_id, arm=arm_name(cli.model.sink), is_finished=False)
         run.prepare(cli.datamodule.path / TOKENIZER_FILE)
         write_text(run.path / "config.yaml", cli.dump())
-        if found.passed_over:
+        if cli.config.resume == "auto" and found.checkpoint not in (None, run.last):
             set_aside(found)
     _train(cli, trainer, found.checkpoint)
     if trainer.is_global_zero:

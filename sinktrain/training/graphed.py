@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -50,4 +51,5 @@ class GraphedStepper(Stepper):
         for group in optimizer.param_groups:
             group.update(capturable=False)  # says something of a capture alone, and is saved
         self._graph = graph
-        optimizer.step = lambda closure=None: graph.replay()
+        this: Any = weakref.proxy(self)  # the optimizer may outlive the graph, which holds a step's memory
+        optimizer.step = lambda closure=None: this._graph.replay()

@@ -7,14 +7,13 @@ and a run continues on another number of devices or with other micro-batches wit
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from sinktrain import __version__
@@ -28,6 +27,7 @@ from sinktrain.model.neox import GPTNeoX
 from sinktrain.training.graphed import GraphedStepper
 from sinktrain.training.muon import muon, muon_groups
 from sinktrain.training.optim import adamw, parameter_groups
+from sinktrain.training.random_states import random_states, restore_random_states
 from sinktrain.training.schedule import Schedule
 from sinktrain.training.step import Stepper, fast_attention
 
@@ -190,10 +190,20 @@ class Pretraining(pl.LightningModule):
         return make(self.require_network, self.learning_rate, self.weight_decay, self.betas, self.eps)
 
     def check_strategy(self) -> None:
-        """Refuse settings that the strategy cannot serve: it may know some, and muon needs whole matrices."""
+        """Refuse a strategy that needs a stepper and brings none, and settings that one cannot serve."""
         strategy: Any = self.trainer.strategy
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy) and not hasattr(strategy, "stepper"):
+            raise ConfigError(
+                f"trainer.strategy {type(strategy).__name__} is not supported; "
+                "use --config ddp, fsdp, deepspeed-zero1, -zero2 or -zero3"
+            )
         if hasattr(strategy, "check"):
             strategy.check(self)
+        if self.cuda_graph and not self._can_graph:
+            raise ConfigError(
+                "model.cuda_graph true needs one CUDA device, without --config ddp, and "
+                "model.recompute_activations false; leave it out"
+            )
         if self.optimizer_kind == "muon" and hasattr(strategy, "stepper"):
             raise ConfigError(
                 f"model.optimizer muon needs whole matrices, which {type(strategy).__name__} shards; "
@@ -275,7 +285,7 @@ class Pretraining(pl.LightningModule):
             "data_fingerprint": data.manifest.fingerprint,
             "samples_consumed": data.samples_consumed,
             "tokens_seen": data.samples_consumed * data.seq_len,
-            "rng": _rng_state(),
+            "rng": random_states(),
             "guard": self.stepper.guard.state_dict(),
         }
 
@@ -285,8 +295,8 @@ class Pretraining(pl.LightningModule):
     def on_train_start(self) -> None:
         self._stepper = self._stepper_class()(self)
         if self._resumed:
-            _restore_rng(self._resumed["rng"])
-            if "guard" in self._resumed:  # not written before version 0.5
+            restore_random_states(self._resumed["rng"])
+            if "guard" in self._resumed:  # which the first checkpoints had not
                 self.stepper.guard.load_state_dict(self._resumed["guard"])
         self._apply_optimizer_settings()
 
@@ -297,13 +307,16 @@ class Pretraining(pl.LightningModule):
         strategy: Any = self.trainer.strategy
         if hasattr(strategy, "stepper"):
             return cast(type[Stepper], strategy.stepper)
-        if self.cuda_graph is None:
-            num_parameters = sum(p.numel() for p in self.require_network.parameters())
-            is_graphed = self.is_compiled and num_parameters <= GRAPHED_PARAMETERS
-        else:
-            is_graphed = self.cuda_graph
-        can_graph = strategy.root_device.type == "cuda" and self.trainer.world_size == 1
-        return GraphedStepper if is_graphed and can_graph and not self.recompute_activations else Stepper
+        num_parameters = sum(p.numel() for p in self.require_network.parameters())
+        is_small = self.is_compiled and num_parameters <= GRAPHED_PARAMETERS
+        is_graphed = self._can_graph and (is_small if self.cuda_graph is None else self.cuda_graph)
+        return GraphedStepper if is_graphed else Stepper
+
+    @property
+    def _can_graph(self) -> bool:
+        strategy = self.trainer.strategy
+        on_one_gpu = isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "cuda"
+        return on_one_gpu and not self.recompute_activations
 
     def _apply_optimizer_settings(self) -> None:
         """Let the settings win over those that an optimizer's state brought from a checkpoint."""
@@ -356,22 +369,3 @@ def arm_name(sink: SinkConfig) -> str:
     if sink.kind == "none":
         return "vanilla"
     return sink.kind if sink.count == 1 else f"{sink.kind}-{sink.count}"
-
-
-def _rng_state() -> dict[str, Any]:
-    """Random states of torch, CUDA, numpy and Python, in types that a weights-only load accepts."""
-    name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
-        "python": random.getstate(),
-    }
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])

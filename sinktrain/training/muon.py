@@ -38,9 +38,7 @@ def muon(
     network: GPTNeoX, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> Muon:
     """Muon over the matrices of the layers; embedding, head, LayerNorms and biases stay with AdamW."""
-    groups = muon_groups(network, weight_decay)
-    is_fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return Muon(groups, learning_rate, betas, eps, is_fused)
+    return Muon(muon_groups(network, weight_decay), learning_rate, betas, eps)
 
 
 def muon_groups(network: GPTNeoX, weight_decay: float) -> list[dict[str, Any]]:
@@ -73,7 +71,6 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         groups: as ``muon_groups`` gives them.
-        is_fused: whether AdamW is one kernel; only then does it clip and skip.
         dtype: of the products that make a step orthogonal.
     """
 
@@ -86,7 +83,6 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        is_fused: bool = True,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.dtype = dtype
@@ -94,7 +90,7 @@ class Muon(torch.optim.Optimizer):
             "lr": lr,
             "betas": betas,
             "eps": eps,
-            "fused": is_fused,
+            "fused": True,  # only that clips and skips
             "momentum": None,
             "num_heads": None,
         }

@@ -21,7 +21,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def adamw(
     model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
-    """AdamW over ``parameter_groups``, in one fused kernel on CPU and CUDA."""
+    """AdamW over ``parameter_groups``, in one fused kernel: only that clips and skips."""
     groups = parameter_groups(model, weight_decay)
-    is_fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=is_fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,15 @@ class CheckpointSettings:
 class Checkpoints(Callback):
     """Save every so many steps, at the end and before a stop; ``last.ckpt`` names the newest whole one.
 
-    A checkpoint is written under a temporary name, flushed, renamed, and only then named ``last``.
+    A checkpoint is written under a temporary name, flushed, renamed, and only then named ``last``: by
+    rank 0 in the background, from a copy of the state, which is all that training waits for.
     """
 
     def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
         self.folder = folder
         self.settings = settings
         self._file = CheckpointFile()
-        self._saved_step = -1
+        self._begun_step = -1
 
     def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         trainer.strategy.checkpoint_io = self._file
@@ -85,19 +87,24 @@ class Checkpoints(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == 0 and self.settings.log_spaced:
-            self.save(trainer)
+            self.begin(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.settings.is_due(trainer.global_step) and not _validation_follows(trainer):
-            self.save(trainer)
+        if self.settings.is_due(trainer.global_step) and not validation_follows(trainer):
+            self.begin(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         is_of_training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if is_of_training and self.settings.is_due(trainer.global_step):
-            self.save(trainer)
+            self.begin(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.save(trainer)
+
+    def on_exception(self, *_: Any) -> None:
+        """Let a save end before others may use the folder; should it fail too, the first problem is told."""
+        with suppress(Exception):
+            self._file.wait()
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save now, unless this step has been; every rank must ask for it.
@@ -105,32 +112,41 @@ class Checkpoints(Callback):
         Raises:
             TrainingError: on every rank, when rank 0 could not write; the checkpoint before is whole.
         """
-        if trainer.global_step == self._saved_step:
+        self.begin(trainer)
+        self._wait(trainer)
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """As ``save``, but return when rank 0 has a copy of the state, and leave the rest to its background.
+
+        Raises:
+            TrainingError: on every rank, when rank 0 could not write the one that was begun before.
+        """
+        step = trainer.global_step
+        if step == self._begun_step:
             return
-        path = self.folder / _name(trainer.global_step)
+        self._wait(trainer)
+        path = self.folder / _name(step)
+        temporary = path.with_name(f".{path.name}.tmp")
+        trainer.save_checkpoint(temporary, storage_options=lambda: self._put(temporary, path, step))
+        self._begun_step = step
+
+    def _wait(self, trainer: pl.Trainer) -> None:
         problem = ""
         try:
-            self._write(trainer, path)
+            self._file.wait()
         except OSError as error:
-            problem = self._what_failed(path, error)
+            problem = self._what_failed(self.folder / _name(self._begun_step), error)
         problem = trainer.strategy.broadcast(problem)
         if problem:
             raise TrainingError(problem)
-        self._saved_step = trainer.global_step
 
-    def _write(self, trainer: pl.Trainer, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            trainer.save_checkpoint(temporary)
-        except OSError:
-            trainer.strategy.barrier()  # the other ranks wait within ``save_checkpoint``
-            raise
-        if trainer.is_global_zero:
-            if path.is_dir():
-                _discard(path)
-            os.replace(temporary, path)
-            name_last(path)
-            self._discard_before(trainer.global_step)
+    def _put(self, temporary: Path, path: Path, step: int) -> None:
+        """Give a whole checkpoint its names."""
+        if path.is_dir():
+            _discard(path)
+        os.replace(temporary, path)
+        name_last(path)
+        self._discard_before(step)
 
     def _what_failed(self, path: Path, error: OSError) -> str:
         free = shutil.disk_usage(self.folder).free
@@ -148,7 +164,7 @@ class Checkpoints(Callback):
                 _discard(self.folder / _name(step))
 
 
-def _validation_follows(trainer: pl.Trainer) -> bool:
+def validation_follows(trainer: pl.Trainer) -> bool:
     """Whether this step is to be saved behind its validation, which a run that continued would leave out.
 
     Not so the last step: what is left of it when it is cut off is made up for after training.

@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sinktrain.data.datamodule import WindowData
 from sinktrain.errors import ConfigError, did_you_mean
-from sinktrain.training.checks import check_precision
+from sinktrain.training.checks import check_device, check_precision
 from sinktrain.training.companions import Companions
 from sinktrain.training.configs import default_run, with_config_paths
 from sinktrain.training.loggers import LoggedRun
@@ -57,6 +57,17 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "accumulate_grad_batches": (lambda value: value != 1, "data.micro_batch, which does the same"),
     "gradient_clip_val": (lambda value: value is not None, "model.clip_norm"),
+    "strategy": (
+        lambda value: str(value).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")),
+        "ddp, whose processes start anew",
+    ),
+    "limit_train_batches": (lambda value: value is not None, "trainer.max_steps"),  # would repeat them
+    "overfit_batches": (lambda value: value != 0, "a smaller corpus"),
+    "log_every_n_steps": (lambda value: value is not None and value < 1, "1 or more"),
+    "val_check_interval": (
+        lambda value: not isinstance(value, int) or value < 1,
+        "a number of steps, or trainer.limit_val_batches 0 for no validation",
+    ),
 }
 """Settings of Lightning's that would not do here: which values, and what does."""
 
@@ -192,6 +203,7 @@ class TrainingCLI(LightningCLI):
             trainer = pl.Trainer(**settings)
         except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
             raise ConfigError(_trainer_refusal(error)) from error
+        check_device(trainer.strategy.root_device)
         check_precision(trainer.precision, trainer.strategy.root_device)
         return trainer
 
@@ -203,9 +215,10 @@ class TrainingCLI(LightningCLI):
         companions.watch_launcher()
         stops = [StopWhenSkipping(checkpoints), StopOnSignal(checkpoints)]
         told = LoggedRun(self.logged_settings(), self.run, self.uploads_model)
-        callbacks = [companions, metrics, *more, checkpoints, told, *stops]
         wants_bar = self.config_init.trainer.enable_progress_bar is not False
-        return [*callbacks, ProgressBar(metrics, is_live=wants_bar and sys.stderr.isatty())]
+        bar = ProgressBar(metrics, is_live=wants_bar and sys.stderr.isatty())
+        # Companions come last: they watch until the last checkpoint is there.
+        return [metrics, *more, checkpoints, told, *stops, bar, companions]
 
     def identity(self) -> dict[str, Any]:
         """What a run folder must agree on to be continued."""

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from sinktrain.errors import TrainingError
 from sinktrain.training.module import Pretraining
-from sinktrain.training.saving import Checkpoints, what_continues
+from sinktrain.training.saving import Checkpoints, validation_follows, what_continues
 
 
 class Stopped(BaseException):
@@ -64,7 +64,7 @@ class StopOnSignal(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         signum = self._signum if trainer.world_size == 1 else self._agreed_signal(trainer)
-        if signum:
+        if signum and not validation_follows(trainer):  # or that step's held-out loss would be lost
             self.checkpoints.save(trainer)
             raise Stopped(signum)
 
