@@ -201,8 +201,8 @@ def test_every_checkpoint_is_kept_when_asked(train: Callable[..., Path]) -> None
     assert names == ["last.ckpt", "step-00000004.ckpt", "step-00000008.ckpt", "step-00000012.ckpt"]
 
 
-def test_going_back_to_an_older_checkpoint_keeps_later_ones_and_a_whole_last(
-    train: Callable[..., Path],
+def test_going_back_sets_later_checkpoints_aside_and_the_same_command_goes_on(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``keep: 1`` once counted the newest by number, and so deleted what ``last.ckpt`` had just named."""
     run = train("run", "--checkpoint.keep", "null")
@@ -210,9 +210,26 @@ def test_going_back_to_an_older_checkpoint_keeps_later_ones_and_a_whole_last(
     shorter = ["--trainer.max_steps", "6", "--model.warmup_steps", "1"]
     train("run", "--resume", old, "--checkpoint.keep", "1", *shorter)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["last.ckpt", "step-00000006.ckpt", "step-00000008.ckpt", "step-00000012.ckpt"]
+    assert names == ["last.ckpt", "step-00000006.ckpt", "step-00000008.ckpt.left", "step-00000012.ckpt.left"]
     assert checkpoint(run)["global_step"] == 6
-    assert list(measured(run, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    train("run", "--resume", old, "--checkpoint.keep", "1", *shorter)  # though that one is gone by now
+    assert "finished already" in capsys.readouterr().err
+    train("run", "--resume", old, "--trainer.max_steps", "9", "--model.warmup_steps", "1")
+    assert "from step-00000006.ckpt" in capsys.readouterr().err
+    assert checkpoint(run)["global_step"] == 9
+    assert list(measured(run, "train/loss")) == list(range(1, 10))
+
+
+def test_a_checkpoint_of_another_run_is_gone_back_to_once(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train("first", "--checkpoint.keep", "null")
+    start = ["--resume", str(first / "checkpoints" / "step-00000004.ckpt"), "--model.warmup_steps", "1"]
+    train("second", *start, "--trainer.max_steps", "8")
+    train("second", *start, "--trainer.max_steps", "10")
+    told = capsys.readouterr().err
+    assert "second: vanilla, 0.1m parameters, from step-00000004.ckpt" in told
+    assert "second: vanilla, 0.1m parameters, from step-00000008.ckpt" in told
 
 
 def test_no_validation_when_it_is_off(train: Callable[..., Path]) -> None:

@@ -19,7 +19,7 @@ from sinktrain.cli import main
 from sinktrain.errors import ConfigError
 from sinktrain.training import launchers
 from sinktrain.training.fit import fit
-from sinktrain.training.launchers import told_once_a_host
+from sinktrain.training.launchers import torchrun_devices, told_once_a_host
 from sinktrain.training.module import Pretraining
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,3 +253,15 @@ def test_script_parses_is_executable_and_its_help_is_its_head() -> None:
     shown = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
     assert shown.startswith('usage: SHARDS=DIR RUN=DIR CONFIGS="NAME …" sbatch')
     assert "SBATCH" not in shown
+
+
+def test_torchrun_says_how_many_devices_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torchrun_devices(3) == {}
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for devices in (1, 2, "auto", "-1"):
+        assert torchrun_devices(devices) == {"devices": 2, "num_nodes": 2}
+    with pytest.raises(
+        ConfigError, match=r"^--trainer\.devices 3, but torchrun started 2 processes .*leave it"
+    ):
+        torchrun_devices(3)

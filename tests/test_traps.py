@@ -187,6 +187,18 @@ def test_a_signal_saves_and_exits_with_its_code(
     assert_same_state(train("whole"), train("parts"))
 
 
+def test_a_stop_follows_the_validation_of_its_step(
+    shards: Path, tmp_path: Path, train: Callable[..., Path], signalled: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Lightning continues behind it: a stop before it would leave that held-out loss out for ever."""
+    signalled(4, signal.SIGTERM)
+    assert main(["fit", *tiny_run(shards, tmp_path / "parts")]) == 143
+    monkeypatch.undo()
+    assert checkpoint(tmp_path / "parts")["global_step"] == 6
+    assert list(measured(train("parts"), "val/loss")) == [5, 10, 12]
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_step(
     shards: Path, tmp_path: Path, signalled: Callable[..., None]
 ) -> None:

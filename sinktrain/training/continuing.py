@@ -49,6 +49,18 @@ def set_aside(found: Continuation) -> None:
             os.replace(path, path.with_name(f"{path.name}.damaged"))
 
 
+def leave_behind(folder: Path, start: Path) -> None:
+    """Rename to ``….left`` what a run that goes back to ``start`` leaves behind: none falls back on it."""
+    is_ours = start.resolve().parent == folder.resolve()
+    if is_ours:
+        name_last(start.resolve())
+    else:
+        (folder / LAST).unlink(missing_ok=True)
+    for path in folder.glob("step-*.ckpt"):
+        if not is_ours or _step(path) > _step(start.resolve()):
+            os.replace(path, path.with_name(f"{path.name}.left"))
+
+
 def _what_is_gone(link: Path) -> str:
     return f"{link} names {link.readlink()}, which is gone" if link.is_symlink() and not link.exists() else ""
 

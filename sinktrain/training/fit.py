@@ -22,7 +22,7 @@ from sinktrain.files import write_text
 from sinktrain.model.checkpoints import checkpoint_facts, empty_model
 from sinktrain.training.checkpoint_file import check_whole
 from sinktrain.training.companions import LAUNCHED_BY
-from sinktrain.training.continuing import Continuation, newest_whole, set_aside
+from sinktrain.training.continuing import Continuation, leave_behind, newest_whole, set_aside
 from sinktrain.training.dry_run import plan
 from sinktrain.training.launchers import told_once_a_host
 from sinktrain.training.module import arm_name
@@ -65,7 +65,8 @@ def _fit(cli: TrainingCLI, measures: MoreCallbacks | None) -> None:
         identity = cli.identity()
         if _is_rank_zero():  # only rank 0 checks the folder, which it may be writing to already
             cli.run.check_is_ours(cli.config.resume, identity)
-            _check_named(cli.config.resume, identity)
+            if not cli.run.has_resumed(cli.config.resume):
+                _check_named(cli.config.resume, identity)
         trainer = cli.make_trainer(is_training=True, measures=measures)
         _check_together(cli, trainer)
     if cli.config.dry_run:
@@ -95,8 +96,11 @@ def _continue(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -
     if _is_rank_zero():
         _announce(cli, found)
         _warn_of_little_space(cli, trainer.max_steps)
-        run.write_manifest(identity, run_id=cli.run_id, arm=arm_name(cli.model.sink), is_finished=False)
         run.prepare(cli.datamodule.path / TOKENIZER_FILE)
+        if found.checkpoint and cli.config.resume != "auto" and not run.has_resumed(cli.config.resume):
+            leave_behind(run.checkpoints, found.checkpoint)
+        facts = {"run_id": cli.run_id, "arm": arm_name(cli.model.sink), "is_finished": False}
+        run.write_manifest(identity, **facts, resumed_from=run.resumed_from(cli.config.resume))
         write_text(run.path / "config.yaml", cli.dump())
         if cli.config.resume == "auto" and found.checkpoint not in (None, run.last):
             set_aside(found)
@@ -135,9 +139,11 @@ def _start(cli: TrainingCLI) -> Continuation:
     resume = cli.config.resume
     if resume == "none":
         return Continuation(None, {})
-    if resume != "auto":
+    if resume != "auto" and not cli.run.has_resumed(resume):
         return Continuation(Path(resume), {})
     found = newest_whole(cli.run.checkpoints)
+    if resume != "auto" and not found.checkpoint and not found.passed_over:
+        return Continuation(Path(resume), {})
     if found.passed_over and found.checkpoint is None:
         problems = "; ".join(found.passed_over.values())
         raise ConfigError(f"{problems}; pass --resume PATH, or choose another --run")
@@ -250,6 +256,7 @@ def _finish(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> 
         "global_step": trainer.global_step,
         "tokens_seen": cli.datamodule.samples_consumed * cli.datamodule.seq_len,
         "val_loss_nats": None if val_loss is None else float(val_loss),
+        "resumed_from": cli.run.resumed_from(cli.config.resume),
     }
     cli.run.write_manifest(identity, **facts)
     ended = "finished" if facts["is_finished"] else "ended"

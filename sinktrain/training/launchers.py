@@ -1,13 +1,18 @@
-"""Under torchrun and srun every rank reads the same command line: a mistake in it is told once on a host."""
+"""What launchers ask of a command: the devices that they started, mistakes told once, an end in order."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from sinktrain.errors import SinktrainError
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch import distributed
+
+from sinktrain.errors import ConfigError, SinktrainError
 
 PATIENCE_S = 30.0
 """How long a rank waits to be ended, which torchrun and srun do once another one has failed."""
@@ -25,6 +30,34 @@ def told_once_a_host() -> Iterator[None]:
         if _rank_on_host():
             time.sleep(PATIENCE_S)
         raise
+
+
+def torchrun_devices(devices: Any) -> dict[str, int]:
+    """The Trainer's ``devices`` and ``num_nodes`` as torchrun started them; nothing elsewhere.
+
+    Raises:
+        ConfigError: ``devices`` asks for another number.
+    """
+    if not TorchElasticEnvironment.detect():
+        return {}
+    started = int(os.environ["LOCAL_WORLD_SIZE"])
+    if str(devices) not in ("1", "-1", "auto", str(started)):
+        raise ConfigError(
+            f"--trainer.devices {devices}, but torchrun started {started} processes on this host; "
+            "leave it out, or change --nproc-per-node"
+        )
+    return {"devices": started, "num_nodes": int(os.environ["WORLD_SIZE"]) // started}
+
+
+def leave_group_at_exit() -> None:
+    """End the process group in order: left to the interpreter, its threads abort or hang the process."""
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _rank_on_host() -> int:

@@ -63,6 +63,16 @@ class RunFolder:
         manifest = self.read_manifest() or {}
         return bool(manifest.get("is_finished")) and manifest["global_step"] >= max_steps
 
+    def resumed_from(self, resume: str) -> str | None:
+        """The checkpoint that the user last named for the run to go on from, ``resume`` being asked now."""
+        if resume not in ("auto", "none"):
+            return str(Path(resume).resolve())
+        return (self.read_manifest() or {}).get("resumed_from")
+
+    def has_resumed(self, resume: str) -> bool:
+        """Whether the run went on from that checkpoint before: the same command then continues."""
+        return (self.read_manifest() or {}).get("resumed_from") == str(Path(resume).resolve())
+
     def write_manifest(self, identity: dict[str, Any], **facts: Any) -> None:
         write_json(self.manifest, {"format_version": FORMAT_VERSION, "identity": identity, **facts})
 

@@ -156,7 +156,7 @@ class Checkpoints(Callback):
         )
 
     def _discard_before(self, last: int) -> None:
-        """Keep the newest up to step ``last``; later ones stay, which a run left behind by going back."""
+        """Keep the newest up to step ``last``."""
         if self.settings.keep is not None:
             saved = [step for step in _saved_steps(self.folder) if step <= last]
             rolling = [step for step in saved if not self.settings.is_for_good(step)]

@@ -26,6 +26,7 @@ from sinktrain.errors import ConfigError, did_you_mean
 from sinktrain.training.checks import check_device, check_precision
 from sinktrain.training.companions import Companions
 from sinktrain.training.configs import default_run, with_config_paths
+from sinktrain.training.launchers import leave_group_at_exit, torchrun_devices
 from sinktrain.training.loggers import LoggedRun
 from sinktrain.training.metrics import Metrics, ProgressBar
 from sinktrain.training.metrics_table import MetricsTable
@@ -198,6 +199,8 @@ class TrainingCLI(LightningCLI):
                 settings |= trial_settings(self.num_trial_steps)
         else:
             settings |= {"enable_progress_bar": False, "logger": False}
+        settings |= torchrun_devices(settings["devices"])
+        leave_group_at_exit()
         try:
             settings["plugins"] = settings["plugins"] or _cluster_plugins()
             trainer = pl.Trainer(**settings)

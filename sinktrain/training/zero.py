@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import io
 import os
 import warnings
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -169,7 +167,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             reset_seed()
             self.set_world_ranks()
             self._init_deepspeed_distributed()
-        atexit.register(_destroy_dist_connection)  # as under DDP: NCCL hung at exit once in ten runs
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
