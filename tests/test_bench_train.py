@@ -22,8 +22,9 @@ from sinktrain.experiments import bench_train as module
 from sinktrain.experiments import training_contenders, training_peers
 from sinktrain.experiments.bench_table import train_table
 from sinktrain.experiments.bench_train import PartRow, TrainBench, TrainRow, bench_train, strategies, workload
+from sinktrain.experiments.peer_training import LOSS_TOLERANCE, PeerTraining
 from sinktrain.experiments.time_by_part import PART_NAMES, part_of, time_by_part
-from sinktrain.experiments.training_contenders import LOSS_TOLERANCE, OurTraining, PeerTraining, Rounds
+from sinktrain.experiments.training_contenders import OurTraining, Rounds
 from sinktrain.experiments.training_peers import PEERS, PlainPeer, TransformersPeer, litgpt_config
 from sinktrain.model.config import PYTHIA, ModelConfig
 from sinktrain.training.metrics import Metrics, ProgressBar

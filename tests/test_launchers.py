@@ -19,7 +19,7 @@ from sinktrain.cli import main
 from sinktrain.errors import ConfigError
 from sinktrain.training import launchers
 from sinktrain.training.fit import fit
-from sinktrain.training.launchers import torchrun_devices, told_once_a_host
+from sinktrain.training.launchers import told_once_a_host, torchrun_devices
 from sinktrain.training.module import Pretraining
 
 ROOT = Path(__file__).resolve().parents[1]

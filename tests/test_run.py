@@ -40,6 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "unknown.yaml").write_text("model: {learning_rat: 1}\n")
     (folder / "nested.yaml").write_text("model: {network: {hidden_sise: 32}}\n")
     (folder / "torn.yaml").write_text("model: [\n")
+    parallel = "lightning.pytorch.strategies.ModelParallelStrategy"
+    (folder / "parallel.yaml").write_text(f"trainer: {{strategy: {{class_path: {parallel}}}}}\n")
     return folder
 
 
@@ -186,8 +188,8 @@ REFUSALS = {
     ),
     "sharding of Lightning's": (
         NEW,
-        "--trainer.strategy deepspeed_stage_2",
-        "trainer.strategy DeepSpeedStrategy is not supported; use --config ddp, fsdp, deepspeed-zero1",
+        "--config {p}/parallel.yaml",
+        "trainer.strategy ModelParallelStrategy is not supported; use --config ddp, fsdp, deepspeed-zero1",
     ),
     "a graph without a GPU": (
         NEW,

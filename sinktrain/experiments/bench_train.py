@@ -24,12 +24,12 @@ from sinktrain.errors import ConfigError, SinktrainError, did_you_mean, first_li
 from sinktrain.evaluation.timing import check_timed, release_memory
 from sinktrain.experiments.contenders import dtype_name
 from sinktrain.experiments.machine import environment, package_version
+from sinktrain.experiments.peer_training import PeerTraining
 from sinktrain.experiments.training_contenders import (
     NUM_BATCHES,
     PRECISION,
     Contender,
     OurTraining,
-    PeerTraining,
     Record,
     Workload,
     is_rank_zero,

@@ -2,7 +2,7 @@
 
 Each is written as its users run it, on CUDA compiled, and each starts from our initial weights, so that
 its first losses must be ours. The optimizer step around them is ``PeerTraining``'s in
-``sinktrain.experiments.bench_train``.
+``sinktrain.experiments.peer_training``.
 
 Axes: batch, head, seq, head_dim, hidden, vocab.
 """

@@ -263,7 +263,9 @@ class _Run:
             self.model, self.cli.model.optimizer_kind == "muon"
         )
         at_once = settings.most_at_once(self.max_steps)
-        saved = [step for step in range(self.first_step + 1, self.max_steps) if settings.is_due(step)]
+        begins = settings.log_spaced and self.first_step == 0  # before the first step as well
+        next_step = 0 if begins else self.first_step + 1
+        saved = [step for step in range(next_step, self.max_steps) if settings.is_due(step)]
         there = sum(path.stat().st_size for path in self.cli.run.checkpoints.glob("step-*.ckpt"))
         free = shutil.disk_usage(next(path for path in self._places() if path.exists())).free
         short = "" if free + there >= at_once * each else ": TOO LITTLE, use a smaller --checkpoint.keep"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.training.step import Stepper, sum_over_ranks
+from sinktrain.training.whole_checkpoints import WholeCheckpoints
 
 
 class ShardedStepper(Stepper):
@@ -42,7 +42,7 @@ class ShardedStepper(Stepper):
         return sum_over_ranks(get_total_norm(gradients, foreach=True).square()).sqrt()
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
     """Every rank keeps 1/ranks of weights, gradients and optimizer, and gathers a layer when it computes it.
 
     Checkpoints are single files of whole tensors, in the layout of a run on one device: any strategy, on
@@ -98,21 +98,6 @@ class FSDP2Strategy(ModelParallelStrategy):
                 gathered[name] = whole.cpu()
         return gathered
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
-    ) -> None:
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """What is in the file; its tensors stay on disk, and a rank reads no more than its shards."""
-        checkpoint: dict[str, Any] = torch.load(
-            checkpoint_path, map_location="cpu", weights_only=True, mmap=True
-        )
-        return checkpoint
-
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
@@ -121,10 +106,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             for name, whole in checkpoint["state_dict"].items()
         }
         self.lightning_module.load_state_dict(sharded, strict=strict)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):

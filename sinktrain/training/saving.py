@@ -47,10 +47,11 @@ class CheckpointSettings:
 
     def most_at_once(self, max_steps: int) -> int:
         """Checkpoints that lie side by side at the end of a run, the one being written included."""
-        due = [step for step in range(max_steps + 1) if self.is_due(step)]
-        for_good = sum(map(self.is_for_good, due))
-        rolling = len(due) - for_good
-        return for_good + (rolling if self.keep is None else min(rolling, self.keep)) + 1
+        first = 0 if self.log_spaced else 1
+        saved = [step for step in range(first, max_steps) if self.is_due(step)] + [max_steps]
+        for_good = sum(map(self.is_for_good, saved))
+        rolling = len(saved) - for_good
+        return for_good + (rolling if self.keep is None else min(rolling, self.keep + 1))
 
     def __post_init__(self) -> None:
         if self.keep_every_n_steps is not None and self.keep_every_n_steps < 1:
@@ -131,12 +132,16 @@ class Checkpoints(Callback):
         self._begun_step = step
 
     def _wait(self, trainer: pl.Trainer) -> None:
-        problem = ""
+        problem, defect = "", None
         try:
             self._file.wait()
         except OSError as error:
             problem = self._what_failed(self.folder / _name(self._begun_step), error)
+        except Exception as error:
+            problem, defect = f"{_name(self._begun_step)} could not be written: {error!r}", error
         problem = trainer.strategy.broadcast(problem)
+        if defect:
+            raise defect
         if problem:
             raise TrainingError(problem)
 

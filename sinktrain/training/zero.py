@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -25,6 +24,7 @@ from sinktrain.data.datamodule import WindowData
 from sinktrain.errors import ConfigError
 from sinktrain.training.guard import SpikeGuard
 from sinktrain.training.step import Stepper, fast_attention
+from sinktrain.training.whole_checkpoints import WholeCheckpoints
 
 if TYPE_CHECKING:
     from sinktrain.training.module import Pretraining
@@ -94,7 +94,7 @@ class ZeroStepper(Stepper):
         self.module.manual_backward(loss * self.strategy.deepspeed_engine.gradient_accumulation_steps())
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(WholeCheckpoints, DeepSpeedStrategy):
     """ZeRO by DeepSpeed: every rank keeps 1/ranks of the optimizer, of gradients and of weights.
 
     Under ``bf16-mixed`` the network itself is bfloat16, and float32 master weights are in the shards;
@@ -276,31 +276,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         return cast(Tensor, whole).cpu() if self.is_global_zero else whole
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
-    ) -> None:
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """What is in the file; its tensors stay on disk until a rank takes its shards of them."""
-        checkpoint: dict[str, Any] = torch.load(
-            checkpoint_path, map_location="cpu", weights_only=True, mmap=True
-        )
-        return checkpoint
-
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         if self._engine is None:
             self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
         else:
             self._set_weights(checkpoint["state_dict"])
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         (saved,) = checkpoint["optimizer_states"]
