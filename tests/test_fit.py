@@ -232,6 +232,17 @@ def test_a_checkpoint_of_another_run_is_gone_back_to_once(
     assert "second: vanilla, 0.1m parameters, from step-00000008.ckpt" in told
 
 
+def test_a_run_that_lost_its_checkpoints_says_so_and_starts_anew(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("run")
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    train("run")
+    assert "its metrics.csv reached step 12 and begins anew: no checkpoint is left" in capsys.readouterr().err
+    assert list(measured(run, "train/loss")) == list(range(1, 13))
+
+
 def test_no_validation_when_it_is_off(train: Callable[..., Path]) -> None:
     run = train("run", "--trainer.limit_val_batches", "0")
     assert not measured(run, "val/loss")

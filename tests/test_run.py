@@ -96,7 +96,7 @@ REFUSALS = {
     "a folder": (
         NEW,
         "--resume {p}/run",
-        "--resume {p}/run: there is no such checkpoint; use auto, none or a",
+        "--resume {p}/run is a folder; name one of its checkpoints, such as {p}/run/checkpoints/last.ckpt",
     ),
     "torn": (NEW, "--resume {p}/torn.ckpt", "{p}/torn.ckpt is damaged, or holds more than tensors"),
     "foreign": (NEW, "--resume {p}/foreign.ckpt", "{p}/foreign.ckpt is not a checkpoint of sinktrain fit"),

@@ -25,6 +25,7 @@ from sinktrain.training.companions import LAUNCHED_BY
 from sinktrain.training.continuing import Continuation, leave_behind, newest_whole, set_aside
 from sinktrain.training.dry_run import plan
 from sinktrain.training.launchers import told_once_a_host
+from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import arm_name
 from sinktrain.training.run import ONCE_IMPLIED, differences
 from sinktrain.training.saving import what_continues
@@ -155,6 +156,11 @@ def _check_named(resume: str, identity: dict[str, Any]) -> None:
     if resume in ("auto", "none"):
         return
     checkpoint = Path(resume)
+    if checkpoint.is_dir():
+        raise ConfigError(
+            f"--resume {resume} is a folder; name one of its checkpoints, such as {checkpoint}/checkpoints/"
+            f"last.ckpt, or continue the run itself with --run {resume}"
+        )
     if not checkpoint.is_file():
         raise ConfigError(
             f"--resume {resume}: there is no such checkpoint; use auto, none or a checkpoint's path"
@@ -200,6 +206,9 @@ def _announce(cli: TrainingCLI, found: Continuation) -> None:
     for problem in found.passed_over.values():
         _say(f"{cli.run.path}: {problem}; continuing from the one before")
     _say(f"{cli.run.path}: {arm_name(config.sink)}, {_num_parameters(cli) / 1e6:.1f}m parameters, {start}")
+    rows = MetricsTable(cli.run.path / "metrics.csv").rows()
+    if checkpoint is None and rows and int(rows[-1]["step"]) > 0:
+        _say(f"  its metrics.csv reached step {rows[-1]['step']} and begins anew: no checkpoint is left")
     before = cli.run.path / "config.yaml"
     if checkpoint is not None and before.exists():
         for line in _changed_lines(before.read_text(encoding="utf-8"), cli.dump()):
