@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from sinktrain.experiments.training_peers import PEERS, PlainPeer, TransformersP
 from sinktrain.model.config import PYTHIA, ModelConfig
 from sinktrain.training.metrics import Metrics, ProgressBar
 from sinktrain.training.saving import Checkpoints
-from sinktrain.training.stopping import StopOnSignal
 from sinktrain.training.throughput import flops_per_token
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def row_of(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_there_is_a_row_for_each_way_to_train(result):
-    assert list(result) == ["schema_version", "environment", "peak_flops", "rows", "parts"]
+    assert list(result) == ["schema_version", "environment", "peak_flops", "rows", "parts", "stopped"]
     assert {"torch", "device", "lightning", "litgpt"} <= result["environment"].keys()
     json.dumps(result, allow_nan=False)
     assert [row["name"] for row in result["rows"]] == [
@@ -160,7 +160,7 @@ def test_contenders_take_turns(result, seen):
 def test_the_trainer_runs_with_the_callbacks_of_fit_but_its_bar(result, seen):
     assert len(seen["callbacks"]) == 4
     for callbacks in seen["callbacks"]:
-        assert {Metrics, Checkpoints, StopOnSignal} <= set(callbacks)
+        assert {Metrics, Checkpoints} <= set(callbacks)
         assert ProgressBar not in callbacks
 
 
@@ -349,7 +349,8 @@ def test_the_table_says_what_the_rows_do(result):
     ours = row_of(result, "sinktrain")
     assert lines[5].split()[:2] == ["sinktrain", f"{ours['tokens_per_s']:,.0f}"]
     told = "\n".join(lines)
-    assert f"Trainer and callbacks cost {100 * ours['overhead']:.1f}% over the bare loop" in told
+    cost = f"{100 * ours['overhead']:.1f}%" if ours["overhead"] > 0 else "nothing measurable"
+    assert f"Trainer and callbacks cost {cost} over the bare loop" in told
     assert f"a checkpoint stops it for {ours['checkpoint_s']:.2f} s" in told
     assert "  litgpt: skipped: litgpt is not installed" in told
     assert "time by part, ms a step" in told
@@ -385,8 +386,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, str, s
 
 def test_the_command_asks_for_what_was_typed(run, monkeypatch):
     asked: list[TrainBench] = []
-    monkeypatch.setattr(module, "bench_train", lambda request: asked.append(request) or {"rows": []})
-    assert run("train --device cpu --json") == (0, '{"rows": []}\n', "")
+    monkeypatch.setattr(module, "bench_train", lambda request: asked.append(request) or {"stopped": None})
+    assert run("train --device cpu --json") == (0, '{"stopped": null}\n', "")
     run(
         "train --preset 14m,410m --device cpu --dtype bfloat16 --seq-len 64 --micro-batch 2 --global-batch 8 "
         "--steps 3 --rounds 5 --devices 2 --strategy ddp --json"
@@ -399,6 +400,36 @@ def test_the_command_asks_for_what_was_typed(run, monkeypatch):
         ),
         TrainBench(["pythia-160m"], CPU, torch.float32, use_peers=True, use_sink=True),
     ]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_measured_before_a_signal_is_told(tiny, monkeypatch, run, signum):
+    """In the second round of ours: the first is told, the sink arm has a note."""
+    monkeypatch.setattr(training_contenders, "VOCAB_SIZE", 270)
+    our_run = OurTraining.run
+
+    def stopped_run(ours: OurTraining, number: int) -> None:
+        if number == 1:
+            os.kill(os.getpid(), signum)
+        our_run(ours, number)
+
+    monkeypatch.setattr(OurTraining, "run", stopped_run)
+    asked = TrainBench([tiny, tiny], seq_len=16, micro_batch=2, global_batch=6, num_rounds=2)
+    result = bench_train(asked)
+    assert result["stopped"] == signum
+    assert [len(row["step_s_rounds"]) for row in result["rows"]] == [1, 1]  # and of the second config none
+    monkeypatch.setattr(module, "bench_train", lambda request: result)
+    with pytest.raises(SystemExit) as ended:
+        run("train --device cpu")
+    assert ended.value.code == 128 + signum
+
+
+def test_what_a_signal_left_unmeasured_says_so(tiny, monkeypatch):
+    monkeypatch.setattr(training_contenders, "VOCAB_SIZE", 270)
+    monkeypatch.setattr(OurTraining, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = bench_train(TrainBench([tiny], seq_len=16, micro_batch=2, global_batch=6, use_peers=True))
+    assert {row["note"] for row in result["rows"]} == {"not measured: stopped by SIGTERM"}
+    train_table(result)
 
 
 def test_ranks_other_than_0_print_nothing(run, monkeypatch):

@@ -160,6 +160,8 @@ def _bench_train(options: argparse.Namespace) -> None:
         raise SystemExit(128 + stopped.signum) from None
     if result is not None:  # rank 0 speaks for all
         print(json.dumps(result) if options.json else train_table(result))
+        if result["stopped"]:
+            raise SystemExit(128 + result["stopped"])
 
 
 def _bench_decode(options: argparse.Namespace) -> None:

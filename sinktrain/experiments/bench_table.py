@@ -212,7 +212,8 @@ def _training_facts(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         facts = []
         if row["overhead"] is not None:
-            facts.append(f"Trainer and callbacks cost {100 * row['overhead']:.1f}% over the bare loop")
+            cost = f"{100 * row['overhead']:.1f}%" if row["overhead"] > 0 else "nothing measurable"
+            facts.append(f"Trainer and callbacks cost {cost} over the bare loop")
         if row["efficiency"] is not None:
             facts.append(f"{row['speedup']:.3f} x one device, efficiency {100 * row['efficiency']:.1f}%")
         if row["checkpoint_s"] is not None:

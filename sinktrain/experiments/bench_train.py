@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import statistics
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ from sinktrain.experiments.training_contenders import (
 from sinktrain.experiments.training_peers import PEERS
 from sinktrain.model.config import ModelConfig
 from sinktrain.training.configs import config_folder
+from sinktrain.training.stopping import Stopped
 from sinktrain.training.throughput import flops_per_token, peak_flops
 
 SCHEMA_VERSION = 1
@@ -145,11 +149,12 @@ def bench_train(request: TrainBench) -> dict[str, Any] | None:
 
     Returns:
         ``schema_version``, ``environment``, ``peak_flops`` (of one device in bfloat16; None where it is
-        unknown), ``rows`` (``TrainRow``) and ``parts`` (``PartRow``). None on every rank but 0.
+        unknown), ``rows`` (``TrainRow``), ``parts`` (``PartRow``) and ``stopped``: the signal that ended it
+        early, with what was measured until then, or None. None on every rank but 0.
 
     Raises:
         SinktrainError: something that cannot be timed as asked.
-        Stopped: by a signal.
+        Stopped: by a signal, under a strategy.
     """
     request = _checked(request)
     device = request.device
@@ -160,11 +165,16 @@ def bench_train(request: TrainBench) -> dict[str, Any] | None:
         peak = peak_flops(device) if request.dtype == torch.bfloat16 else None
         # Each alone before any other process is there: Lightning would wait for it in single-device runs.
         alone = [_rows_alone(request, config, peak) if starts_others else [] for config in request.configs]
-        timed = [_timed(request, config, peak) for config in request.configs]
+        timed: list[Timed] = []
+        with _signals_stop(request.strategy is None):
+            for config in request.configs:
+                timed.append(_timed(request, config, peak))
+                if timed[-1].stopped:
+                    break
     rows = [
         row
-        for single, (together, _) in zip(alone, timed, strict=True)
-        for row in (*single, *_with_efficiency(together, single))
+        for single, together in zip(alone, timed, strict=False)
+        for row in (*single, *_with_efficiency(together.rows, single))
     ]
     if not is_rank_zero():
         return None
@@ -174,7 +184,8 @@ def bench_train(request: TrainBench) -> dict[str, Any] | None:
         | {name: package_version(name) for name in ("lightning", "litgpt")},
         "peak_flops": peak,
         "rows": [asdict(row) for row in rows],
-        "parts": [asdict(row) for _, parts in timed for row in parts],
+        "parts": [asdict(row) for one in timed for row in one.parts],
+        "stopped": timed[-1].stopped if timed else None,
     }
 
 
@@ -244,13 +255,48 @@ def workload(request: TrainBench, config: str, folder: Path) -> Workload:
 # -- rounds ---------------------------------------------------------------------------------------
 
 
-def _timed(request: TrainBench, config: str, peak: float | None) -> tuple[list[TrainRow], list[PartRow]]:
-    """What is told of a config."""
+@dataclass(frozen=True)
+class Timed:
+    """What is told of a config; ``stopped`` by which signal, if by any."""
+
+    rows: list[TrainRow]
+    parts: list[PartRow]
+    stopped: int | None
+
+
+def _timed(request: TrainBench, config: str, peak: float | None) -> Timed:
     with _on_shards(request, config) as work:
         ours = OurTraining(work, OURS, times_checkpoint=True)
         contenders: list[Contender] = [ours, *_others(work, request, ours)]
-        _take_turns(contenders, work)
-        return _rows(work, ours, contenders, peak), list(_part_rows(work, contenders))
+        stopped = None
+        try:
+            _take_turns(contenders, work)
+        except Stopped as stop:
+            if work.strategy is not None:
+                raise
+            stopped = stop.signum
+            _tell_unmeasured(contenders, f"not measured: {stop}")
+        return Timed(_rows(work, ours, contenders, peak), list(_part_rows(work, contenders)), stopped)
+
+
+@contextlib.contextmanager
+def _signals_stop(is_alone: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise ``Stopped`` where they come; several ranks leave that to ``StopOnSignal``."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped(signum)
+
+    signums = (
+        (signal.SIGINT, signal.SIGTERM)
+        if is_alone and threading.current_thread() is threading.main_thread()
+        else ()
+    )
+    previous = {signum: signal.signal(signum, stop) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _rows_alone(request: TrainBench, config: str, peak: float | None) -> list[TrainRow]:
@@ -300,6 +346,12 @@ def _take_turns(contenders: Sequence[Contender], work: Workload) -> None:
     torch.compiler.reset()  # what is compiled counts against dynamo's limit, which the next config would meet
 
 
+def _tell_unmeasured(contenders: Sequence[Contender], note: str) -> None:
+    for record in (record for contender in contenders for record in contender.records):
+        if not record.step_s:
+            record.note = note
+
+
 # -- rows -----------------------------------------------------------------------------------------
 
 
@@ -316,7 +368,7 @@ def _rows(
 
 
 def _overhead(ours: OurTraining) -> float | None:
-    pairs = zip(ours.trained.step_s, ours.bare.step_s, strict=True)
+    pairs = zip(ours.trained.step_s, ours.bare.step_s, strict=False)  # one may have been stopped
     excess = [trained / bare - 1 for trained, bare in pairs]
     return _median(excess)
 

@@ -34,6 +34,7 @@ from sinktrain.training.metrics import Metrics, ProgressBar
 from sinktrain.training.module import Pretraining
 from sinktrain.training.saving import Checkpoints
 from sinktrain.training.settings import TrainingCLI
+from sinktrain.training.stopping import StopOnSignal
 
 VOCAB_SIZE = 50_277
 """Ids of Pythia's tokenizer."""
@@ -241,6 +242,8 @@ class OurTraining(Contender):
             is_training=True, measures=lambda _, metrics: [Rounds(self, metrics, clock, is_last, bar)]
         )
         _leave_out(trainer, ProgressBar)
+        if self.work.strategy is None:
+            _leave_out(trainer, StopOnSignal)  # which saves first
         return trainer
 
     def release(self) -> None:
