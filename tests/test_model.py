@@ -166,7 +166,11 @@ def test_config_survives_its_dictionary():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SinkConfig("zero"), 'model.sink.kind "zero" is not none or token'),
+        (
+            lambda: SinkConfig("zeor"),
+            'model.sink.kind "zeor" is not one of gate, k_bias, kv_bias, logit, none, token, zero; '
+            'did you mean "zero"?',
+        ),
         (lambda: SinkConfig("token", 9), "model.sink.count is 9; use 1 to 8"),
         (
             lambda: SinkConfig("token", 2, (95,)),

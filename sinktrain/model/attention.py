@@ -16,15 +16,20 @@ from torch.nn import functional as F
 
 from sinktrain.model.devices import compute_dtype, has_fast_path
 from sinktrain.model.rotary import angle_dtype, apply_rotary, rotary_angles
+from sinktrain.model.sinks.base import NullSlot
+
+SCORE_DIMS = 8
+"""Dimensions that carry a null slot's score: it and what rounding took of it; 8 keep rows aligned."""
 
 
 class Attend(Protocol):
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, null: NullSlot | None = None) -> Tensor:
         """Attention of one layer.
 
         Args:
             layer: index of the layer, from 0.
             q, k, v: float[batch, head, seq, head_dim], unrotated.
+            null: a slot that every query sees besides.
 
         Returns:
             float[batch, head, seq, head_dim].
@@ -37,23 +42,29 @@ class CausalAttention:
 
     def __init__(self, rotary_steps: Tensor, seq_len: int, dtype: torch.dtype) -> None:
         rotary_pos = torch.arange(seq_len, device=rotary_steps.device)
+        self.rotary_steps = rotary_steps
         self.cos, self.sin = rotary_angles(rotary_pos, rotary_steps, angle_dtype(dtype))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, null: NullSlot | None = None) -> Tensor:
         if has_fast_path(q):
             from sinktrain.model.fused import rotate
 
             q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
         else:
             q, k = apply_rotary(q, self.cos, self.sin), apply_rotary(k, self.cos, self.sin)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if null is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return causal_with_null(q, k, v, null.in_front(self.rotary_steps))
 
-    def from_input(self, x: Tensor, projection: nn.Linear, num_heads: int) -> Tensor | None:
+    def from_input(
+        self, x: Tensor, projection: nn.Linear, num_heads: int, null: NullSlot | None = None
+    ) -> Tensor | None:
         """The same from a layer's normalised input, in one piece, where training has that; else None.
 
         Args:
             x: float[batch, seq, hidden].
             projection: to queries, keys and values, interleaved per head.
+            null: as in ``Attend``.
 
         Returns:
             float[batch, seq, hidden].
@@ -66,5 +77,39 @@ class CausalAttention:
         if not is_served(x.device, dtype, x.shape[-1] // num_heads, self.cos.shape[-1]):
             return None
         weights = projection.weight, projection.bias
-        mixed: Tensor = projected_attention(x.to(dtype), *weights, self.cos, self.sin, num_heads)[0]
+        parts = (None,) * 3 if null is None else null.in_front(self.rotary_steps)
+        mixed: Tensor = projected_attention(
+            x.to(dtype), *weights, self.cos, self.sin, num_heads, null is not None, *parts
+        )[0]
         return mixed
+
+
+def causal_with_null(q: Tensor, k: Tensor, v: Tensor, null: NullSlot) -> Tensor:
+    """Causal attention with a null slot, which is the first key; a first query, which sees it alone, goes.
+
+    Args:
+        q, k, v: float[batch, head, seq, head_dim], rotated.
+        null: its key rotated too.
+
+    Returns:
+        float[batch, head, seq, head_dim].
+    """
+    (num_heads, head_dim), extra = (q.shape[1], q.shape[3]), 0 if null.score is None else SCORE_DIMS
+    no_part = q.new_zeros(num_heads, head_dim)
+    key, value = (no_part if part is None else part.to(q.dtype) for part in (null.key, null.value))
+    if null.score is not None:
+        score = null.score * head_dim**0.5
+        rounded = score.detach().to(q.dtype)
+        marks = F.pad(q.new_ones(2), (0, extra - 2))
+        q = torch.cat((q, marks.expand(*q.shape[:-1], -1)), dim=-1)
+        parts = torch.stack((rounded, (score - rounded).to(q.dtype)), dim=-1)
+        key = torch.cat((key, F.pad(parts, (0, extra - 2))), dim=-1)
+    q = F.pad(q, (0, 0, 1, 0))
+    k = _with_first(key, F.pad(k, (0, extra)))
+    v = _with_first(F.pad(value, (0, extra)), F.pad(v, (0, extra)))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5)
+    return mixed[:, :, 1:, :head_dim]
+
+
+def _with_first(first: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat((first[:, None].expand(len(rest), -1, -1, -1), rest), dim=2)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
+import sinktrain.model.sinks  # noqa: F401  (registers the kinds)
 from sinktrain.data.tokenizer import RESERVED_SINKS
 from sinktrain.errors import ConfigError, did_you_mean
+from sinktrain.model.sinks.base import KINDS
 
 
 @dataclass(frozen=True)
@@ -14,20 +16,22 @@ class SinkConfig:
     """What the model is trained to lean on when it has nothing to say.
 
     Args:
-        kind: ``none`` (vanilla softmax) or ``token`` (placeholder tokens in front of every sample,
-            StreamingLLM section 3.3).
+        kind: ``none`` (vanilla softmax), ``token`` (placeholder tokens in front of every sample, StreamingLLM
+            section 3.3), ``zero`` (one more score of 0 in the softmax), ``logit`` (a learned one per head),
+            ``gate`` (a sigmoid on each head's output), ``k_bias`` or ``kv_bias`` (a learned key, and value).
         count: number of sink tokens, 1 to 8; counts only for kind ``token``.
         token_ids: their vocabulary rows; taken from the shards when empty.
     """
 
-    kind: Literal["none", "token"] = "none"
+    kind: str = "none"
     count: int = 1
     token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "token"):
-            raise ConfigError(f'model.sink.kind "{self.kind}" is not none or token')
-        if self.kind == "none":
+        if self.kind not in KINDS:
+            hint = did_you_mean(self.kind, KINDS)
+            raise ConfigError(f'model.sink.kind "{self.kind}" is not one of {", ".join(sorted(KINDS))}{hint}')
+        if not KINDS[self.kind].has_tokens:
             object.__setattr__(self, "count", 0)
             object.__setattr__(self, "token_ids", ())
         elif not 1 <= self.count <= RESERVED_SINKS:

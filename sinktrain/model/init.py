@@ -14,7 +14,11 @@ import torch
 from torch import nn
 
 from sinktrain.model.config import NetworkConfig
-from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.neox import GPTNeoX, Layer
+from sinktrain.model.sinks.base import KINDS
+
+SINK_PART = ".attention.sink."
+"""In the names of what a sink adds to the layers."""
 
 
 def small_init_std(config: NetworkConfig) -> float:
@@ -29,10 +33,15 @@ def wang_init_std(config: NetworkConfig) -> float:
 
 @torch.no_grad()
 def initialize(model: GPTNeoX, seed: int) -> None:
-    """Draw all parameters of ``model`` in place; the same seed gives the same values on any device."""
+    """Draw all parameters of ``model`` in place; the same seed gives the same values on any device.
+
+    What a sink adds to the layers is drawn apart, so that all kinds share the other values.
+    """
     config = model.config.network
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        if SINK_PART in name:
+            continue
         if "layer_norm" in name or "layernorm" in name:
             nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
         elif name.endswith("bias"):
@@ -43,6 +52,19 @@ def initialize(model: GPTNeoX, seed: int) -> None:
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             drawn.normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)
+    _initialize_sinks(model, seed)
+
+
+@torch.no_grad()
+def _initialize_sinks(model: GPTNeoX, seed: int) -> None:
+    network, generator = model.config.network, torch.Generator().manual_seed(seed)
+    kind = KINDS[model.config.sink.kind]
+    for layer in model.gpt_neox.layers:
+        assert isinstance(layer, Layer)
+        with torch.device("cpu"):
+            drawn = kind(network.hidden_size, network.num_attention_heads)
+        drawn.initialize(generator, small_init_std(network))
+        layer.attention.sink.load_state_dict(drawn.state_dict())
 
 
 @torch.no_grad()
@@ -51,9 +73,11 @@ def continue_from(model: GPTNeoX, source: GPTNeoX, seed: int) -> None:
 
     A row that no text uses has decayed to nothing (Pythia's padding), and LayerNorm makes magnified noise of
     that; so the embedding of each sink that ``source`` was not trained with is drawn as ``initialize``
-    draws it. The head keeps its rows: a sink is never predicted.
+    draws it. The head keeps its rows: a sink is never predicted. What another kind added to the layers goes.
     """
-    model.load_state_dict(source.state_dict())
+    _initialize_sinks(model, seed)
+    own = model.state_dict()
+    model.load_state_dict(own | {name: value for name, value in source.state_dict().items() if name in own})
     new = [sink for sink in model.sink_ids if sink not in source.sink_ids]
     drawn = torch.empty(len(new), model.config.network.hidden_size, dtype=torch.float32, device="cpu")
     drawn.normal_(0.0, small_init_std(model.config.network), generator=torch.Generator().manual_seed(seed))

@@ -17,6 +17,7 @@ from sinktrain.model.config import ModelConfig, NetworkConfig
 from sinktrain.model.devices import compute_dtype, has_fast_path
 from sinktrain.model.loss import summed_loss
 from sinktrain.model.rotary import phase_steps
+from sinktrain.model.sinks.base import KINDS, NullSlot
 
 
 class GPTNeoX(nn.Module):
@@ -34,7 +35,7 @@ class GPTNeoX(nn.Module):
         self.rotary_steps: Tensor
         steps = phase_steps(config.network.rotary_ndims, config.network.rotary_emb_base)
         self.register_buffer("rotary_steps", steps, persistent=False)
-        self.gpt_neox = Backbone(config.network, config.vocab_size)
+        self.gpt_neox = Backbone(config)
         self.embed_out = nn.Linear(config.network.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -80,22 +81,25 @@ class GPTNeoX(nn.Module):
 class Backbone(nn.Module):
     """Embedding, layers and last norm, under the names of transformers' ``GPTNeoXModel``."""
 
-    def __init__(self, config: NetworkConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_in = nn.Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        network = config.network
+        self.embed_in = nn.Embedding(config.vocab_size, network.hidden_size)
+        self.layers = nn.ModuleList(
+            Layer(network, config.sink.kind) for _ in range(network.num_hidden_layers)
+        )
+        self.final_layer_norm = nn.LayerNorm(network.hidden_size, eps=network.layer_norm_eps)
 
 
 class Layer(nn.Module):
     """Attention and MLP, side by side (Pythia) or one after the other, each with its own LayerNorm."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, sink_kind: str) -> None:
         super().__init__()
         self.use_parallel_residual = config.use_parallel_residual
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, sink_kind)
         self.mlp = MLP(config)
 
     def forward(self, hidden: Tensor, index: int, attend: Attend) -> Tensor:
@@ -106,28 +110,37 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Fused query, key and value, interleaved per head: [head, 3 * head_dim]."""
+    """Fused query, key and value, interleaved per head: [head, 3 * head_dim]; and what the sink adds."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, sink_kind: str) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
         width = config.hidden_size
+        self.sink = KINDS[sink_kind](width, self.num_heads)
         self.query_key_value = nn.Linear(width, 3 * width, bias=config.attention_bias)
         self.dense = nn.Linear(width, width, bias=config.attention_bias)
 
     def forward(self, hidden: Tensor, index: int, attend: Attend) -> Tensor:
-        mixed = self._mixed_at_once(hidden, attend)
+        null = self.sink.null_slot()
+        mixed = self._mixed_at_once(hidden, attend, null)
         if mixed is None:
             fused = self.query_key_value(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             q, k, v = fused.chunk(3, dim=-1)  # each [batch, head, seq, head_dim]
-            mixed = attend(index, q, k, v).transpose(1, 2).flatten(-2)
-        projected: Tensor = self.dense(mixed)
+            mixed = attend(index, q, k, v, null).transpose(1, 2).flatten(-2)
+        projected: Tensor = self.dense(self._scaled(mixed, hidden))
         return projected
 
-    def _mixed_at_once(self, hidden: Tensor, attend: Attend) -> Tensor | None:
+    def _mixed_at_once(self, hidden: Tensor, attend: Attend, null: NullSlot | None) -> Tensor | None:
         if not isinstance(attend, CausalAttention):
             return None
-        return attend.from_input(hidden, self.query_key_value, self.num_heads)
+        return attend.from_input(hidden, self.query_key_value, self.num_heads, null)
+
+    def _scaled(self, mixed: Tensor, hidden: Tensor) -> Tensor:
+        scale = self.sink.output_scale(hidden)
+        if scale is None:
+            return mixed
+        heads = mixed.view(*scale.shape, -1)
+        return (heads * scale.unsqueeze(-1)).view_as(mixed)
 
 
 class MLP(nn.Module):

@@ -368,4 +368,4 @@ def arm_name(sink: SinkConfig) -> str:
     """``vanilla``, ``token``, ``token-2``: what tells a run from its siblings."""
     if sink.kind == "none":
         return "vanilla"
-    return sink.kind if sink.count == 1 else f"{sink.kind}-{sink.count}"
+    return f"{sink.kind}-{sink.count}" if sink.count > 1 else sink.kind
