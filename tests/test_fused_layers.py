@@ -10,6 +10,7 @@ from sinktrain.model.attention import CausalAttention
 from sinktrain.model.config import NetworkConfig
 from sinktrain.model.neox import MLP
 from sinktrain.model.rotary import apply_rotary, phase_steps
+from sinktrain.model.sinks.base import KINDS, NullSlot
 
 pytest.importorskip("triton")
 from sinktrain.model import fused_attention
@@ -60,6 +61,56 @@ def test_gradients_are_rotated_back_joined_and_summed(heads: int, head_dim: int,
     joined, sums = fused_attention.join_gradients(gradients, cos, sin)
     torch.testing.assert_close(joined, qkv.grad, rtol=0, atol=1e-6)
     torch.testing.assert_close(sums, qkv.grad.sum((0, 1)).flatten(), rtol=1e-5, atol=1e-5)
+
+
+def null_slots() -> list[object]:
+    """Of every kind that has one, and one with all parts; parameters random."""
+    heads, head_dim = 3, 16
+    own = {name: kind(heads * head_dim, heads) for name, kind in KINDS.items()}
+    for sink in own.values():
+        for number, parameter in enumerate(sink.parameters()):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    slots = {name: sink.to(DEVICE).null_slot() for name, sink in own.items()}
+    parts = drawn(heads, head_dim), drawn(heads, seed=1), drawn(heads, head_dim, seed=2)
+    slots["all parts"] = NullSlot(*(part.requires_grad_() for part in parts))
+    return [pytest.param(slot, id=name) for name, slot in slots.items() if slot is not None]
+
+
+@pytest.mark.parametrize("slot", null_slots())
+def test_attention_with_a_null_slot_and_its_gradients_equal_the_plain_ones(slot: NullSlot) -> None:
+    """300 tokens are more than one block of the kernels, and no whole number of them."""
+    batch, seq, heads, head_dim = 2, 300, 3, 16
+    steps = phase_steps(8, 10_000).to(DEVICE)
+    attend = CausalAttention(steps, seq, torch.float32)
+    projection = torch.nn.Linear(heads * head_dim, 3 * heads * head_dim).to(DEVICE)
+    x, upstream = (
+        drawn(batch, seq, heads * head_dim).requires_grad_(),
+        drawn(batch, seq, heads * head_dim, seed=1),
+    )
+    if DEVICE == "cuda":  # cuDNN takes half precision alone
+        pytest.skip("tests/test_gpu.py compares them there")
+    weights = projection.weight, projection.bias
+    found = fused_attention.projected_attention(
+        x, *weights, attend.cos, attend.sin, heads, True, *slot.in_front(steps)
+    )[0]
+    q, k, v = projection(x).unflatten(-1, (heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+    expected = attend(0, q, k, v, slot).transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    leaves = [x, *weights, *(part for part in slot if part is not None)]
+    gradients = (torch.autograd.grad(out, leaves, upstream, retain_graph=True) for out in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * other.abs().max().item())
+
+
+def test_attentions_operator_keeps_what_torch_compile_is_told() -> None:
+    if DEVICE == "cuda":
+        pytest.skip("cuDNN takes half precision alone")
+    cos, sin = angles(8)
+    weights = drawn(3 * 48, 48).requires_grad_(), drawn(3 * 48).requires_grad_()
+    arguments = drawn(BATCH, SEQ, 48).requires_grad_(), *weights, cos, sin, 3
+    null = drawn(3, 16).requires_grad_(), None, drawn(3, 16).requires_grad_()
+    torch.library.opcheck(fused_attention.projected_attention, (*arguments, True, *null))
+    torch.library.opcheck(fused_attention.projected_attention, arguments)
 
 
 @pytest.mark.parametrize("rows", [1, 300])

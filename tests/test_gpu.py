@@ -19,6 +19,7 @@ from sinktrain.model.init import initialize
 from sinktrain.model.loss import token_losses
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.rotary import apply_rotary, phase_steps, rotary_angles
+from sinktrain.model.sinks.base import KINDS
 from sinktrain.streaming.blockwise import stream_logits, stream_loss
 from sinktrain.streaming.decoder import StreamingDecoder
 from sinktrain.training.fit import fit
@@ -239,14 +240,18 @@ def test_a_compiled_step_in_bf16_has_the_gradients_of_a_plain_one(recompute: boo
     assert _off(*gradients) < 5e-2
 
 
-@pytest.mark.parametrize("name", ["pythia-14m", "pythia-160m", "pythia-1.4b", "pythia-1b"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(f"pythia-{size}", "none") for size in ("14m", "160m", "1.4b", "1b")]
+    + [("pythia-160m", kind) for kind in sorted(KINDS) if not KINDS[kind].has_tokens and kind != "none"],
+)
 def test_fused_layers_lose_no_more_in_bfloat16_than_plain_ones(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Head sizes 32, 64, 128 and, which cuDNN does not take, 256; two layers of each."""
     sizes = {"num_hidden_layers": 2, "vocab_size": 1024, "max_position_embeddings": 300}
     network = NetworkConfig(**{**vars(PYTHIA[name]), **sizes})
-    model = GPTNeoX(ModelConfig(network, SinkConfig()))
+    model = GPTNeoX(ModelConfig(network, SinkConfig(kind)))
     initialize(model, seed=1)
     model.cuda()
     for parameter in model.parameters():

@@ -103,13 +103,99 @@ def rotate_in_place(
 
 
 @triton.jit
-def turned_back(x, cos, sin, token, row, d, inside, stride, HALF: tl.constexpr):
-    """Gradients of rotated heads, rotated back: float32[row, d]."""
+def take_null(
+    qkv, mixed, lse, key, score, value, kept, num_rows, seq_len, num_heads, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Let a null slot join a finished softmax, in place: mixed = kept * mixed + (1 - kept) * value.
+
+    ``qkv`` is [batch, seq, head, 3 * d], rotated; ``mixed`` [batch, seq, head, d]; ``lse`` float32[batch,
+    head, seq]; ``kept`` float32[batch, seq, head] takes what is left to the tokens. ``key`` and ``value``
+    are [head, d] and ``score`` is [head]; each may be None. Grid: (blocks of rows, head).
+    """
+    head, d = tl.program_id(1), tl.arange(0, BLOCK_D)
+    row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    in_rows, is_d = row < num_rows, d < HEAD_DIM
+    inside = in_rows[:, None] & is_d[None, :]
+    own = row * num_heads + head
+    scores = tl.zeros([BLOCK_T], tl.float32)
+    if score is not None:
+        scores += tl.load(score + head).to(tl.float32)
+    if key is not None:
+        q = tl.load(qkv + (own * 3 * HEAD_DIM)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(key + head * HEAD_DIM + d, mask=is_d, other=0.0).to(tl.float32)
+        scores += tl.sum(q * k[None, :], 1) * scale
+    from_lse = lse + (row // seq_len * num_heads + head) * seq_len + row % seq_len
+    share = tl.sigmoid(tl.load(from_lse, mask=in_rows, other=0.0) - scores)
+    place = mixed + (own * HEAD_DIM)[:, None] + d[None, :]
+    out = tl.load(place, mask=inside, other=0.0).to(tl.float32) * share[:, None]
+    if value is not None:
+        v = tl.load(value + head * HEAD_DIM + d, mask=is_d, other=0.0).to(tl.float32)
+        out += (1 - share)[:, None] * v[None, :]
+    tl.store(place, out.to(mixed.dtype.element_ty), mask=inside)
+    tl.store(kept + own, share, mask=in_rows)
+
+
+@triton.jit
+def null_gradient(
+    gradient, mixed, kept, qkv, value, to_tokens, to_scores, sums, num_rows, num_heads,
+    HAS_KEY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ``take_null``.
+
+    ``to_tokens`` takes ``kept * gradient``: with it and the final ``mixed`` the backward pass of the tokens'
+    attention is that of both. ``to_scores`` float32[batch, seq, head] takes the gradient to each query's
+    score of the slot, ``sums`` float32[block, head, 3, BLOCK_D] the sums over a block of STEPS * BLOCK_T rows:
+    of it, of it times the query, and of the value's gradient. Grid: (blocks of rows, head).
+    """
+    head, d = tl.program_id(1), tl.arange(0, BLOCK_D)
+    is_d = d < HEAD_DIM
+    v = tl.zeros([BLOCK_D], tl.float32)
+    if value is not None:
+        v += tl.load(value + head * HEAD_DIM + d, mask=is_d, other=0.0).to(tl.float32)
+    score_sum = tl.zeros([BLOCK_T], tl.float32)
+    key_sum = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    value_sum = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for step in range(STEPS):
+        row = ((tl.program_id(0) * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        in_rows = row < num_rows
+        inside = in_rows[:, None] & is_d[None, :]
+        own = row * num_heads + head
+        place = (own * HEAD_DIM)[:, None] + d[None, :]
+        upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        out = tl.load(mixed + place, mask=inside, other=0.0).to(tl.float32)
+        share = tl.load(kept + own, mask=in_rows, other=1.0)
+        to_score = (1 - share) * tl.sum(upstream * (v[None, :] - out), 1)
+        tl.store(to_tokens + place, (upstream * share[:, None]).to(to_tokens.dtype.element_ty), mask=inside)
+        tl.store(to_scores + own, to_score, mask=in_rows)
+        score_sum += to_score
+        if HAS_KEY:
+            q = tl.load(qkv + (own * 3 * HEAD_DIM)[:, None] + d[None, :], mask=inside, other=0.0)
+            key_sum += to_score[:, None] * q.to(tl.float32)
+        if value is not None:
+            value_sum += (1 - share)[:, None] * upstream
+    total = sums + (tl.program_id(0) * num_heads + head) * 3 * BLOCK_D + d
+    tl.store(total, tl.where(d == 0, tl.sum(score_sum, 0), 0.0))
+    tl.store(total + BLOCK_D, tl.sum(key_sum, 0))
+    tl.store(total + 2 * BLOCK_D, tl.sum(value_sum, 0))
+
+
+@triton.jit
+def turned_back(
+    x, cos, sin, token, row, d, inside, stride, HALF: tl.constexpr, more, of_more, HEAD_DIM: tl.constexpr
+):
+    """Gradients of rotated heads, rotated back: float32[row, d]; first ``more[row] * of_more[d]`` joins them."""
     at = x + row[:, None] * stride
     own = tl.load(at + d[None, :], mask=inside, other=0.0).to(tl.float32)
     turns = inside & (d < 2 * HALF)[None, :]
     partner = tl.where(d < HALF, d + HALF, d - HALF)
     other = tl.load(at + partner[None, :], mask=turns, other=0.0).to(tl.float32)
+    if more is not None:
+        own += more[:, None] * tl.load(of_more + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+        other += (
+            more[:, None] * tl.load(of_more + partner, mask=d < 2 * HALF, other=0.0).to(tl.float32)[None, :]
+        )
     angle = token[:, None] * 2 * HALF + d[None, :]
     c = tl.load(cos + angle, mask=turns, other=1.0)
     s = tl.load(sin + angle, mask=turns, other=0.0)
@@ -118,13 +204,14 @@ def turned_back(x, cos, sin, token, row, d, inside, stride, HALF: tl.constexpr):
 
 @triton.jit
 def join_gradients(
-    dq, dk, dv, cos, sin, out, sums, num_rows, seq_len, num_heads,
+    dq, dk, dv, cos, sin, to_scores, null_key, out, sums, num_rows, seq_len, num_heads, scale,
     HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rotated queries and keys and of values, to that of [batch, seq, head, 3 * d].
 
-    ``dq``, ``dk`` and ``dv`` are [batch, seq, head, d], dense. ``sums`` float32[block, head, 3 * d] takes
+    ``dq``, ``dk`` and ``dv`` are [batch, seq, head, d], dense. What a null slot's key, [head, d], adds to
+    ``dq`` comes from ``to_scores`` of ``null_gradient``; both may be None. ``sums`` float32[block, head, 3 * d] takes
     their sums over a block of STEPS * BLOCK_T rows. Grid: (blocks of rows, head).
     """
     head = tl.program_id(1)
@@ -137,8 +224,14 @@ def join_gradients(
         row = ((tl.program_id(0) * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         inside = (row < num_rows)[:, None] & (d < HEAD_DIM)[None, :]
         token = row % seq_len
-        q = turned_back(dq + head * HEAD_DIM, cos, sin, token, row, d, inside, stride, HALF)
-        k = turned_back(dk + head * HEAD_DIM, cos, sin, token, row, d, inside, stride, HALF)
+        more = None
+        if null_key is not None:
+            more = tl.load(to_scores + row * num_heads + head, mask=row < num_rows, other=0.0) * scale
+        at, of_more = head * HEAD_DIM, null_key
+        if null_key is not None:
+            of_more = null_key + at
+        q = turned_back(dq + at, cos, sin, token, row, d, inside, stride, HALF, more, of_more, HEAD_DIM)
+        k = turned_back(dk + at, cos, sin, token, row, d, inside, stride, HALF, None, None, HEAD_DIM)
         v = tl.load(dv + (row * stride + head * HEAD_DIM)[:, None] + d[None, :], mask=inside, other=0.0)
         target = out + ((row * num_heads + head) * 3 * HEAD_DIM)[:, None] + d[None, :]
         tl.store(target, q.to(out.dtype.element_ty), mask=inside)
