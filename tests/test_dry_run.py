@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from tiny_shards import tiny_run
 
 from sinktrain.cli import main
 from sinktrain.errors import ConfigError
-from sinktrain.model.config import PYTHIA, ModelConfig, NetworkConfig
-from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.config import ModelConfig, NetworkConfig
 from sinktrain.training import checks, dry_run
 from sinktrain.training.checks import check_device, check_precision
-from sinktrain.training.dry_run import Memory, estimate_memory, hours, in_memory, on_disk, steps_text
-from sinktrain.training.fsdp import FSDP2Strategy
+from sinktrain.training.dry_run import counted, host_bytes, hours, in_memory, on_disk, steps_text
+from sinktrain.training.memory import GIB, estimate_memory
+from sinktrain.training.metrics import Metrics
+from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining
 from sinktrain.training.saving import Checkpoints
-from sinktrain.training.step import fast_attention
-
-SMALL = ModelConfig(NetworkConfig(64, 3, 4, vocab_size=100, max_position_embeddings=128))
+from sinktrain.training.trial import TrialBar
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -50,7 +51,7 @@ def planned(
         assert main(["fit", *tiny_run(shards, tmp_path / "run", *options), "--dry_run"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].endswith("/run: a dry run; nothing is written, nothing is trained")
-        return dict(line.split(maxsplit=1) for line in lines[1:])
+        return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[1:])
 
     return say
 
@@ -67,7 +68,9 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(
     assert told["model"].startswith("token, 0.1m parameters")
     assert told["data"] == "3,000 tokens in train, 93 samples of 32; 1.03 epochs"
     assert told["steps"] == "12 of 8 samples (devices 1 x micro-batches 4 x 2): 3,072 tokens"
-    assert told["checkpoints"].startswith("3 times, after steps 4, 8, 12; 0.6 MB each, ")
+    assert told["checkpoints"].startswith(
+        "3 times, after steps 4, 8, 12; 0.6 MB each, 3 checkpoints at once: 1.8 MB, and "
+    )
     assert told["validation"] == "3 times, after steps 5, 10, 12; 10 samples"
     assert told["time"].startswith("unknown: the peak of this device is not")
 
@@ -97,6 +100,90 @@ def test_a_dry_run_of_a_run_that_goes_on_tells_what_is_left_at_its_own_speed(
     assert speed is not None
     seconds = float(speed[1]) * {"minutes": 60, "hours": 3600}[speed[2]]
     assert seconds == pytest.approx(99_988 * 8 * 32 / float(speed[3].replace(",", "")), rel=0.06)
+
+
+def test_of_a_finished_run_nothing_is_left(finished: Path, planned: Callable[..., dict[str, str]]) -> None:
+    told = planned("--run", str(finished))
+    assert told["start"] == "finished already, at step 12: raise --trainer.max_steps"
+    assert "0 of them left" in told["steps"]
+    assert told["checkpoints"].startswith("none; 0.6 MB each")
+    assert told["validation"] == "none; 10 samples"
+    assert told["time"] == "none"
+    assert planned("--run", str(finished), "--trainer.max_steps", "8")["time"] == "none"
+
+
+def test_a_single_step_is_told_in_the_singular(planned: Callable[..., dict[str, str]]) -> None:
+    told = planned("--checkpoint.every_n_steps", "20", "--data.val_windows", "1")
+    assert told["checkpoints"].startswith(
+        "1 time, after step 12; 0.6 MB each, 1 checkpoint at once: 0.6 MB, "
+    )
+    assert told["validation"].endswith("; 1 sample")
+
+
+def test_the_device_and_its_memory_are_told(
+    planned: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "host_bytes", lambda: 24 * GIB)
+    monkeypatch.setattr(dry_run, "num_cpus", lambda: 6)
+    assert planned()["device"] == "CPU, 6 cores, 24.0 GiB"
+    assert " of the 24.0 GiB of a device (estimate: state " in planned()["memory"]
+    assert "will not fit" not in planned()
+    together = planned("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    assert together["device"] == "CPU, 6 cores, 24.0 GiB, shared by 2 processes"
+    assert " of the 12.0 GiB of a device" in together["memory"]
+
+
+def test_the_memory_of_this_machine_is_what_the_kernel_says() -> None:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        pytest.skip("not Linux")
+    total = re.search(r"MemTotal:\s+(\d+) kB", meminfo.read_text())
+    assert total is not None
+    assert host_bytes() == pytest.approx(int(total[1]) * 1024, rel=0.01)
+
+
+BOTH = "--data.micro_batch 2 --model.recompute_activations true"
+REMEDIES = {
+    0.99: "--data.micro_batch 4 or --model.recompute_activations true",
+    0.46: "--data.micro_batch 2 or --model.recompute_activations true",
+    0.37: "--data.micro_batch 1",
+    0.33: BOTH,
+    0.20: "a smaller model, or more devices",
+}
+"""What to type, by how much of the needed memory there is."""
+
+
+@pytest.mark.parametrize("share", REMEDIES)
+def test_a_run_that_will_not_fit_is_told_with_what_to_type(
+    share: float, planned: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = NetworkConfig(32, 12, 2, vocab_size=384, max_position_embeddings=32)
+    needed = estimate_memory(ModelConfig(network), 8, 32).total
+    monkeypatch.setattr(dry_run, "host_bytes", lambda: int(share * needed))
+    told = planned("--model.network.num_hidden_layers", "12")
+    sizes = f"a device needs about {in_memory(needed)} and has {in_memory(share * needed)}"
+    assert told["will not fit"] == f"{sizes}; use {REMEDIES[share]}"
+    assert list(told)[-1] == "will not fit"
+
+
+def test_what_is_typed_against_too_little_memory_helps(
+    planned: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = NetworkConfig(32, 12, 2, vocab_size=384, max_position_embeddings=32)
+    there = int(0.33 * estimate_memory(ModelConfig(network), 8, 32).total)
+    monkeypatch.setattr(dry_run, "host_bytes", lambda: there)
+    assert "will not fit" not in planned("--model.network.num_hidden_layers", "12", *BOTH.split())
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_told_by_its_name_and_sharding_is_offered(
+    planned: Callable[..., dict[str, str]],
+) -> None:
+    gpu = ("--trainer.accelerator", "gpu")
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert planned(*gpu)["device"] == f"{torch.cuda.get_device_name(0)}, {in_memory(total)}"
+    told = planned(*gpu, "--model.network.intermediate_size", "1000000000000")
+    assert told["will not fit"].endswith("; use --config fsdp on several GPUs")
 
 
 def test_where_only_the_peak_is_known_the_assumption_is_told(
@@ -138,7 +225,8 @@ def test_a_dry_run_refuses_what_the_run_would(
 
 
 def test_numbers_are_written_as_people_read_them() -> None:
-    assert steps_text([1]) == "1 times, after steps 1"
+    assert [counted(count, "core") for count in (1, 2000)] == ["1 core", "2,000 cores"]
+    assert [steps_text([]), steps_text([1])] == ["none", "1 time, after step 1"]
     assert (
         steps_text(list(range(1000, 144_000, 1000)))
         == "143 times, after steps 1,000, 2,000, 3,000, … 143,000"
@@ -146,76 +234,6 @@ def test_numbers_are_written_as_people_read_them() -> None:
     assert [in_memory(size) for size in (3 * 2**20, 2.5 * 2**30)] == ["3.0 MiB", "2.5 GiB"]
     assert [on_disk(size) for size in (3e6, 1.95e12)] == ["3.0 MB", "1,950.0 GB"]
     assert [hours(seconds) for seconds in (120, 90_000)] == ["2 minutes", "25 hours"]
-
-
-# -- memory ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_activations_are_those_that_autograd_keeps(recomputes: bool) -> None:
-    model = GPTNeoX(SMALL)
-    model.recomputes_activations = recomputes
-    tokens = torch.zeros(2, 128, dtype=torch.int64)
-    not_layers = [*model.parameters(), model.embed_out.weight]
-    kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in not_layers}
-    held = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept.setdefault(storage.data_ptr(), storage.nbytes())
-        held.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(tokens, tokens)
-    estimate = estimate_memory(SMALL, 2, 128, recomputes=recomputes)
-    layer = estimate_memory(SMALL, 2, 128).activations / 3
-    expected = estimate.activations - (layer if recomputes else 0)  # recomputed in the backward pass only
-    final = 2 * 128 * (2 * 64 + 100) * 4  # the last norm's input and output, and the log-softmax
-    assert sum(kept.values()) - final == pytest.approx(expected, rel=0.1)
-
-
-def test_state_is_16_bytes_a_parameter_and_shards_are_a_devices_part() -> None:
-    def memory(**options: object) -> Memory:
-        return estimate_memory(ModelConfig(PYTHIA["pythia-160m"]), 4, 2048, is_mixed=True, **options)  # type: ignore[arg-type]
-
-    alone = memory()
-    assert alone.state == 16 * 162_322_944
-    view, copy = DDPStrategy(gradient_as_bucket_view=True), DDPStrategy()
-    assert memory(strategy=view, world_size=4) == alone
-    assert memory(strategy=copy, world_size=4).state == 20 * 162_322_944
-    assert memory(strategy=FSDP2Strategy(), world_size=4).state == alone.state / 4
-    assert memory(strategy=FSDP2Strategy(), world_size=4).activations == alone.activations
-    matrices = 12 * 12 * 768**2
-    assert memory(is_muon=True).state == alone.state - 4 * matrices
-    assert memory(recomputes=True).activations < alone.activations / 5
-    assert memory(is_fused=True).logits == 4 * 2048 * 50304 * 2
-    assert memory().logits == 4 * 2048 * 50304 * 10
-
-
-@pytest.mark.slow  # deepspeed takes seconds to import
-@pytest.mark.parametrize(("stage", "part"), [(1, (4 + 4 + 2) / 16), (2, (4 + 1 + 2) / 16), (3, 1 / 4)])
-def test_each_zero_stage_shards_more(stage: int, part: float) -> None:
-    pytest.importorskip("deepspeed")
-    from lightning.pytorch.strategies import DeepSpeedStrategy
-
-    sharded = estimate_memory(SMALL, 1, 128, strategy=DeepSpeedStrategy(stage=stage), world_size=4)
-    assert sharded.state == part * estimate_memory(SMALL, 1, 128).state
-
-
-@pytest.mark.gpu
-def test_estimated_memory_is_near_the_peak_on_a_gpu() -> None:
-    config = ModelConfig(PYTHIA["pythia-70m"])
-    model = GPTNeoX(config).cuda()
-    model.compile(dynamic=False)
-    tokens = torch.zeros(16, 2048, dtype=torch.int64, device="cuda")
-    for _ in range(2):
-        torch.cuda.reset_peak_memory_stats()
-        with fast_attention(), torch.autocast("cuda", torch.bfloat16):
-            model(tokens, tokens).backward()
-    estimate = estimate_memory(config, 16, 2048, is_mixed=True, is_fused=True)
-    without_moments = estimate.total - estimate.state / 2
-    assert torch.cuda.max_memory_allocated() == pytest.approx(without_moments, rel=0.35)
 
 
 # -- a trial --------------------------------------------------------------------------------------
@@ -248,15 +266,42 @@ def test_a_trial_goes_the_whole_road_and_keeps_nothing(
     assert saved
     assert not saved[0].exists()
     assert not (tmp_path / "run").exists()
-    told = capsys.readouterr().err
-    assert "held-out loss" in told
-    assert told.endswith("trainer.fast_dev_run 3: a trial, of which nothing is kept\n")
+    title = f"a trial of {tmp_path}/run"
+    start, first, end, last = capsys.readouterr().err.splitlines()
+    assert start == f"{title}: vanilla, 0.1m parameters, from the start"
+    assert re.match(r"step 1/3: loss \d\.\d{3}, [\d,]+ tok/s$", first)  # of 3, not of the schedule's 12
+    assert re.match(rf"{title}: ended at step 3, held-out loss \d\.\d{{4}} nats$", end)
+    assert last == f"{title}: nothing of it is kept; leave --trainer.fast_dev_run out to train"
 
 
-def test_a_trial_leaves_a_run_as_it_is(finished: Path, shards: Path) -> None:
+def test_a_trial_leaves_a_run_as_it_is_and_counts_its_one_step(
+    finished: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its lines once named a temporary folder, and the steps of the whole schedule."""
     before = contents(finished)
     assert main(["fit", *tiny_run(shards, finished, "--trainer.fast_dev_run", "true")]) == 0
     assert contents(finished) == before
+    told = capsys.readouterr().err
+    assert "step 1/1: loss" in told
+    assert tempfile.gettempdir() + "/sinktrain-" not in told
+
+
+def test_a_trial_tells_no_time_left_of_the_whole_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = Metrics(MetricsTable(tmp_path / "metrics.csv"))
+    metrics.latest = {"train/loss": 2.0, "eta_s": 86_400.0}
+    trainer: Any = SimpleNamespace(global_step=1, max_steps=2)
+    TrialBar(metrics, is_live=False, num_steps=3).on_train_batch_end(trainer)
+    assert capsys.readouterr().err == "step 1/2: loss 2.000\n"
+
+
+def test_a_dry_run_is_of_the_run_where_a_trial_is_asked_for_too(
+    planned: Callable[..., dict[str, str]],
+) -> None:
+    told = planned("--trainer.fast_dev_run", "3")
+    assert told["steps"].startswith("12 of 8 samples")
+    assert told["validation"] == "3 times, after steps 5, 10, 12; 10 samples"
 
 
 # -- devices --------------------------------------------------------------------------------------
@@ -285,48 +330,3 @@ def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch
     check_precision("bf16-mixed", torch.device("cpu"))
     capability = (8, 6)
     check_precision("bf16-mixed", gpu)
-
-
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        (
-            "--trainer.devices -1",
-            "`devices` selected with `CPUAccelerator` should be an int > 0; sinktrain doctor",
-        ),
-        ("--trainer.devices 0", "value is not a valid input using cpu accelerator; sinktrain doctor shows"),
-        ("--trainer.accelerator tpu", "trainer: Requirement 'torch_xla"),
-        ("--trainer.precision bf16-true", "trainer.precision bf16-true is not supported; use bf16-mixed or"),
-        ("--trainer.precision transformer-engine", "transformer-engine is not supported; use bf16-mixed or"),
-        ("--trainer.fast_dev_run -1", "trainer.fast_dev_run is -1; use true, or a number of steps"),
-    ],
-)
-def test_what_the_machine_lacks_is_one_line(
-    options: str, line: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["fit", *tiny_run(shards, tmp_path / "run", *options.split())]) == 2
-    told = capsys.readouterr().err
-    assert line in told
-    assert told.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_one_line(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["fit", *tiny_run(shards, tmp_path / "run", "--trainer.accelerator", "gpu")]) == 2
-    assert capsys.readouterr().err == (
-        "sinktrain fit: trainer: No supported gpu backend found; sinktrain doctor shows the devices\n"
-    )
-
-
-@pytest.mark.gpu
-def test_more_gpus_than_there_are_is_one_line(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    many = ["--trainer.accelerator", "gpu", "--trainer.devices", "64", "--data.global_batch", "64"]
-    assert main(["fit", *tiny_run(shards, tmp_path / "run", *many)]) == 2
-    told = capsys.readouterr().err
-    assert "You requested gpu" in told
-    assert told.count("\n") == 1

@@ -21,7 +21,7 @@ from sinktrain.data.datamodule import WindowData
 from sinktrain.errors import ConfigError
 from sinktrain.model.checkpoints import load_model
 from sinktrain.model.config import PYTHIA, NetworkConfig, SinkConfig
-from sinktrain.training import settings
+from sinktrain.training import loggers
 from sinktrain.training.configs import config_folder, default_run, find_config
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining, arm_name
@@ -567,7 +567,7 @@ def test_slurm_asked_for_in_a_way_lightning_cannot_take_is_one_line(
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert main(["fit", *tiny_run(shards, tmp_path / "run")]) == 2
     told = capsys.readouterr().err
-    assert "sinktrain fit: trainer: You set `--ntasks=2` in your SLURM bash script" in told
+    assert "sinktrain fit: trainer: You set --ntasks=2 in your SLURM bash script" in told
     assert told.count("\n") == 1
 
 
@@ -588,7 +588,7 @@ def test_tensorboard_logs_lie_in_the_run_folder_and_go_on(train: Callable[..., P
 def test_a_missing_logger_package_is_named(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(settings, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     for overlay, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
         assert main(["fit", *tiny_run(shards, tmp_path / "run", "--config", overlay)]) == 2
         assert f"trainer.logger needs the package {package}; pip install" in capsys.readouterr().err

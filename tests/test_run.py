@@ -151,7 +151,7 @@ REFUSALS = {
     "choice": (
         NEW,
         "--model.schedule cosin",
-        "setting \"model.schedule\": expected 'cosine', 'wsd', found cosin",
+        'model.schedule "cosin" is not one of cosine, wsd; did you mean "cosine"?',
     ),
     "union": (NEW, "--data.val_windows ten", 'setting "data.val_windows": expected int, null, found ten'),
     "config name": (
@@ -184,7 +184,8 @@ REFUSALS = {
     "strategy": (
         NEW,
         "--trainer.strategy ddpp",
-        "trainer: You selected an invalid strategy name: `strategy='ddpp'`",
+        "trainer.strategy ddpp is not supported; use auto or ddp, or --config fsdp, deepspeed-zero1, -zero2 "
+        'or -zero3; did you mean "ddp"?',
     ),
     "sharding of Lightning's": (
         NEW,

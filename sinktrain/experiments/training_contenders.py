@@ -30,6 +30,7 @@ from sinktrain.experiments.contenders import dtype_name
 from sinktrain.experiments.time_by_part import time_by_part
 from sinktrain.model.config import ModelConfig
 from sinktrain.progress import progress_bar
+from sinktrain.training.memory import STATE_BYTES
 from sinktrain.training.metrics import Metrics, ProgressBar
 from sinktrain.training.module import Pretraining
 from sinktrain.training.saving import Checkpoints
@@ -45,8 +46,6 @@ PROFILED_STEPS = {"cpu": 1, "cuda": 3}
 COMPARED_LOSSES = 2
 """Of the first steps, which must be alike for all."""
 PRECISION = {torch.bfloat16: "bf16-mixed", torch.float32: "32-true"}
-CHECKPOINT_BYTES = 16
-"""Of each parameter, at most, in a checkpoint: the weight and AdamW's two moments, with room."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +314,7 @@ class Rounds(Callback):
         """Whether a checkpoint surely fits beside the shards: rank 0's answer."""
         num_parameters = sum(parameter.numel() for parameter in module.parameters())
         free = shutil.disk_usage(self.ours.work.folder).free
-        has_disk: bool = trainer.strategy.broadcast(free > CHECKPOINT_BYTES * num_parameters)
+        has_disk: bool = trainer.strategy.broadcast(free > STATE_BYTES * num_parameters)
         if not has_disk:
             self.ours.trained.note = "no checkpoint timed: too little disk for it"
         return has_disk

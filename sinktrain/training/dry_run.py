@@ -5,56 +5,41 @@ Bytes are decimal on disk (MB, GB) and binary in memory (MiB, GiB).
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
 
+from sinktrain.data.encoding import num_cpus
 from sinktrain.data.windows import num_windows
 from sinktrain.model.checkpoints import empty_model
 from sinktrain.model.config import ModelConfig
 from sinktrain.model.devices import HAS_TRITON
 from sinktrain.model.neox import GPTNeoX
+from sinktrain.training.memory import (
+    GIB,
+    Memory,
+    checkpoint_bytes,
+    estimate_memory,
+    num_parameters,
+    sharded_stage,
+)
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import arm_name
-from sinktrain.training.muon import muon_groups
 from sinktrain.training.settings import TrainingCLI
+from sinktrain.training.starting import is_finished, start_text
 from sinktrain.training.throughput import flops_per_token, peak_flops
 
-GIB = 2**30
 ASSUMED_MFU = 0.40
 """In the causal convention; what litgpt reaches at 410m on an H100, and less than ours there."""
 
 NEWEST_ROWS = 20
 """Rows of ``metrics.csv`` whose middle speed is that of the run."""
-
-KEPT_WIDTHS, FUSED_KEPT_WIDTHS = 9, 7
-"""Activations of a layer that its backward pass reads, each ``hidden_size`` wide: the residual stream,
-two normalised copies, query, key and value, rotated query and key (in place where attention is fused with
-its projection), what attention mixed."""
-
-KEPT_MLP_WIDTHS, FUSED_KEPT_MLP_WIDTHS = 2, 1
-"""The same, each ``intermediate_size`` wide: before and, where it is not computed again, after the
-activation function."""
-
-FUSED_LOGITS_BYTES = GIB
-"""Most logits that the fused loss holds (``sinktrain.model.fused.LOGITS_BYTES``; that needs Triton)."""
-
-WEIGHT_BYTES, GRADIENT_BYTES = 4, 4
-MOMENT_BYTES = 4
-"""Float32: AdamW keeps two moments of a parameter, Muon one."""
 
 
 def plan(cli: TrainingCLI, trainer: pl.Trainer, checkpoint: Path | None) -> str:
@@ -66,7 +51,8 @@ def plan(cli: TrainingCLI, trainer: pl.Trainer, checkpoint: Path | None) -> str:
     """
     run = _Run.of(cli, trainer, checkpoint)
     rows = {
-        "start": "from the start" if checkpoint is None else f"from {checkpoint.resolve().name}",
+        "start": run.start_line(),
+        "device": run.device_line(),
         "model": run.model_line(),
         "data": run.data_line(),
         "steps": run.steps_line(),
@@ -76,111 +62,11 @@ def plan(cli: TrainingCLI, trainer: pl.Trainer, checkpoint: Path | None) -> str:
         "validation": run.validation_line(),
         "time": run.time_line(),
     }
+    if not run.fits():
+        rows["will not fit"] = run.too_much_line()
     width = max(map(len, rows))
     lines = [f"{subject:<{width}}  {found}" for subject, found in rows.items()]
     return "\n".join([f"{cli.run.path}: a dry run; nothing is written, nothing is trained", *lines])
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes of a device while it trains."""
-
-    state: float
-    """Weights, gradients and the optimizer's moments, or the device's shard of them."""
-    casts: float
-    """Weights in the precision of the matrix products, or gathered from the other devices."""
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        return self.state + self.casts + self.activations + self.logits
-
-
-def estimate_memory(
-    config: ModelConfig,
-    rows: int,
-    seq_len: int,
-    *,
-    is_mixed: bool = False,
-    is_fused: bool = False,
-    recomputes: bool = False,
-    is_muon: bool = False,
-    strategy: Strategy | None = None,
-    world_size: int = 1,
-) -> Memory:
-    """What a device holds at the end of a micro-batch's forward pass, when it holds the most.
-
-    State is 16 bytes a parameter (12 to 16 under Muon), of which strategies that shard leave each device
-    its part. Activations are those that autograd keeps, ``KEPT_WIDTHS`` and ``KEPT_MLP_WIDTHS``, and the
-    float32 log-sum-exp of each head; with ``recomputes`` the residual stream of every layer and all of one
-    layer. The same formula gives 16.1 GiB for 160m at micro-batch 32 on an H100, where 16.6 were measured.
-
-    Args:
-        config: model, sink included.
-        rows: samples of a micro-batch.
-        is_mixed: matrix products in bf16; otherwise everything is float32.
-        is_fused: layers and loss as CUDA has them; otherwise all logits, their float32 log-softmax and
-            its gradient are held.
-        strategy: of the run; None for one device.
-    """
-    network, empty = config.network, empty_model(config)
-    element = 2 if is_mixed else 4
-    parameters = num_parameters(empty)
-    stage = _sharded_stage(strategy)
-    own = [1 / world_size if stage >= needed else 1.0 for needed in (3, 2, 1)]
-    state = (
-        WEIGHT_BYTES * parameters * own[0]
-        + GRADIENT_BYTES * parameters * (own[1] + _copies_gradients(strategy))
-        + _moments_bytes(empty, is_muon) * own[2]
-    )
-    assert network.intermediate_size is not None
-    tokens = rows * seq_len
-    residual = tokens * network.hidden_size * element
-    widths, mlp_widths = KEPT_WIDTHS, KEPT_MLP_WIDTHS
-    if is_fused:
-        widths, mlp_widths = FUSED_KEPT_WIDTHS, FUSED_KEPT_MLP_WIDTHS
-    kept = widths * network.hidden_size + mlp_widths * network.intermediate_size
-    layer = tokens * (kept * element + 4 * network.num_attention_heads)
-    layers = network.num_hidden_layers
-    all_logits = tokens * config.vocab_size
-    return Memory(
-        state=state,
-        casts=parameters * element if is_mixed or stage == 3 else 0,
-        activations=layers * residual + layer if recomputes else layers * layer,
-        logits=min(all_logits * element, FUSED_LOGITS_BYTES) if is_fused else all_logits * (element % 4 + 8),
-    )
-
-
-def num_parameters(model: GPTNeoX) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _moments_bytes(model: GPTNeoX, is_muon: bool) -> int:
-    if not is_muon:
-        return 2 * MOMENT_BYTES * num_parameters(model)
-    return sum(
-        (1 if "momentum" in group else 2) * MOMENT_BYTES * parameter.numel()
-        for group in muon_groups(model, weight_decay=0.0)
-        for parameter in group["params"]
-    )
-
-
-def _sharded_stage(strategy: Strategy | None) -> int:
-    """What is in shards, as ZeRO counts: 1 the optimizer, 2 gradients too, 3 weights too; 0 nothing."""
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-        return 3
-    if isinstance(strategy, DeepSpeedStrategy):
-        config: dict[str, Any] = strategy.config or {}
-        return int(config.get("zero_optimization", {}).get("stage", 0))
-    return 0
-
-
-def _copies_gradients(strategy: Strategy | None) -> bool:
-    """Whether DDP's buckets hold the gradients a second time."""
-    if not isinstance(strategy, DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
-        return False
-    return not strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
 
 
 @dataclass(frozen=True)
@@ -191,6 +77,7 @@ class _Run:
     trainer: pl.Trainer
     config: ModelConfig
     model: GPTNeoX
+    checkpoint: Path | None
     first_step: int
 
     @classmethod
@@ -200,11 +87,22 @@ class _Run:
         if checkpoint is not None:
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
             first_step = int(saved["global_step"])
-        return cls(cli, trainer, config, empty_model(config), first_step)
+        return cls(cli, trainer, config, empty_model(config), checkpoint, first_step)
 
     @property
     def device(self) -> torch.device:
         return self.trainer.strategy.root_device
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of each device; of the CPU the share of a process."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return host_bytes() // self.trainer.num_devices
+
+    @property
+    def is_muon(self) -> bool:
+        return self.cli.model.optimizer_kind == "muon"
 
     @property
     def step_tokens(self) -> int:
@@ -213,6 +111,23 @@ class _Run:
     @property
     def max_steps(self) -> int:
         return self.trainer.max_steps
+
+    @property
+    def steps_left(self) -> int:
+        return max(0, self.max_steps - self.first_step)
+
+    def start_line(self) -> str:
+        if is_finished(self.cli, self.checkpoint, self.max_steps):
+            return f"finished already, at step {self.first_step:,}: raise --trainer.max_steps"
+        return start_text(self.cli, self.checkpoint)
+
+    def device_line(self) -> str:
+        devices = self.trainer.world_size
+        if self.device.type == "cuda":
+            name = f"{torch.cuda.get_device_name(self.device)}, {in_memory(self.memory_bytes)}"
+            return name if devices == 1 else f"{devices} x {name} each"
+        cpu = f"CPU, {counted(num_cpus(), 'core')}, {in_memory(host_bytes())}"
+        return cpu if devices == 1 else f"{cpu}, shared by {devices} processes"
 
     def model_line(self) -> str:
         total = num_parameters(self.model)
@@ -233,7 +148,7 @@ class _Run:
         micro_batches = share // data.rows_at_once
         split = f"devices {devices} x micro-batches {micro_batches} x {data.rows_at_once}"
         total = self.max_steps * self.step_tokens
-        left = f", {self.max_steps - self.first_step:,} of them left" if self.first_step else ""
+        left = f", {self.steps_left:,} of them left" if self.first_step else ""
         return f"{self.max_steps:,} of {data.global_batch:,} samples ({split}){left}: {total:,} tokens"
 
     def flops_line(self) -> str:
@@ -242,26 +157,54 @@ class _Run:
         return f"{full:.3g} with all of the attention matrix, {causal:.3g} with its causal half"
 
     def memory_line(self) -> str:
+        found = self._memory()
+        parts = ", ".join(f"{name} {in_memory(num_bytes)}" for name, num_bytes in vars(found).items())
+        return (
+            f"about {in_memory(found.total)} of the {in_memory(self.memory_bytes)} of a device "
+            f"(estimate: {parts})"
+        )
+
+    def fits(self, rows: int | None = None, recomputes: bool | None = None) -> bool:
+        """Whether a device holds the run; if asked, with other micro-batches, or activations recomputed."""
+        return self._memory(rows, recomputes).total <= self.memory_bytes
+
+    def too_much_line(self) -> str:
+        needed, there = in_memory(self._memory().total), in_memory(self.memory_bytes)
+        return f"a device needs about {needed} and has {there}; use {' or '.join(self._remedies())}"
+
+    def _remedies(self) -> list[str]:
+        """Options with which the run fits, or for which more devices are needed."""
+        data, recompute = self.cli.datamodule, "--model.recompute_activations true"
+        share = data.share(self.trainer.world_size)
+        smaller = [rows for rows in range(data.rows_at_once - 1, 0, -1) if share % rows == 0]
+        is_recomputed = self.cli.model.recompute_activations
+        found = [f"--data.micro_batch {rows}" for rows in smaller if self.fits(rows)][:1]
+        if not is_recomputed and self.fits(recomputes=True):
+            found.append(recompute)
+        if not found and not is_recomputed:
+            both = [rows for rows in smaller if self.fits(rows, recomputes=True)]
+            found += [f"--data.micro_batch {rows} {recompute}" for rows in both[:1]]
+        if self.device.type == "cuda" and not sharded_stage(self.trainer.strategy):
+            found.append("--config fsdp on several GPUs")
+        return found or ["a smaller model, or more devices"]
+
+    def _memory(self, rows: int | None = None, recomputes: bool | None = None) -> Memory:
         model, data = self.cli.model, self.cli.datamodule
-        found = estimate_memory(
+        return estimate_memory(
             self.config,
-            data.rows_at_once,
+            data.rows_at_once if rows is None else rows,
             data.seq_len,
             is_mixed=self.trainer.precision == "bf16-mixed",
             is_fused=self.device.type == "cuda" and HAS_TRITON,
-            recomputes=model.recompute_activations,
-            is_muon=model.optimizer_kind == "muon",
+            recomputes=model.recompute_activations if recomputes is None else recomputes,
+            is_muon=self.is_muon,
             strategy=self.trainer.strategy,
             world_size=self.trainer.world_size,
         )
-        parts = ", ".join(f"{name} {in_memory(num_bytes)}" for name, num_bytes in vars(found).items())
-        return f"about {in_memory(found.total)} a device (estimate: {parts}){self._fits(found.total)}"
 
     def checkpoints_line(self) -> str:
         settings = self.cli.config_init.checkpoint
-        each = WEIGHT_BYTES * num_parameters(self.model) + _moments_bytes(
-            self.model, self.cli.model.optimizer_kind == "muon"
-        )
+        each = checkpoint_bytes(self.model, self.is_muon)
         at_once = settings.most_at_once(self.max_steps)
         begins = settings.log_spaced and self.first_step == 0  # before the first step as well
         next_step = 0 if begins else self.first_step + 1
@@ -270,18 +213,25 @@ class _Run:
         free = shutil.disk_usage(next(path for path in self._places() if path.exists())).free
         short = "" if free + there >= at_once * each else ": TOO LITTLE, use a smaller --checkpoint.keep"
         return (
-            f"{steps_text([*saved, self.max_steps])}; {on_disk(each)} each, {at_once:,} at once take "
-            f"{on_disk(at_once * each)}, and {on_disk(free)} are free{short}"
+            f"{steps_text([*saved, *self._last_step()])}; {on_disk(each)} each, "
+            f"{counted(at_once, 'checkpoint')} at once: {on_disk(at_once * each)}, "
+            f"and {on_disk(free)} are free{short}"
         )
 
     def validation_line(self) -> str:
         every = int(self.trainer.val_check_interval)
-        steps = [*range(every, self.max_steps, every), self.max_steps]
+        steps = range(every * (self.first_step // every + 1), self.max_steps, every)
         num_samples = self.cli.datamodule.val_dataloader().num_samples
-        return f"{steps_text([step for step in steps if step > self.first_step])}; {num_samples:,} samples"
+        return f"{steps_text([*steps, *self._last_step()])}; {counted(num_samples, 'sample')}"
+
+    def _last_step(self) -> list[int]:
+        """The last step, where it is still to come."""
+        return [self.max_steps] if self.steps_left else []
 
     def time_line(self) -> str:
-        left = (self.max_steps - self.first_step) * self.step_tokens
+        if not self.steps_left:
+            return "none"
+        left = self.steps_left * self.step_tokens
         for tokens_per_s, source in self._speeds():
             return f"{hours(left / tokens_per_s)}, training alone, at {tokens_per_s:,.0f} tokens/s: {source}"
         return "unknown: the peak of this device is not; after some steps the run's metrics.csv tells"
@@ -301,25 +251,31 @@ class _Run:
         seq_len = self.cli.datamodule.seq_len
         return flops_per_token(self.config.network, self.config.vocab_size, seq_len, is_causal)
 
-    def _fits(self, num_bytes: float) -> str:
-        if self.device.type != "cuda":
-            return ""
-        available = torch.cuda.get_device_properties(self.device).total_memory
-        remedy = "" if num_bytes <= available else ": TOO LITTLE, use a smaller --data.micro_batch"
-        return f", of {in_memory(available)}{remedy}"
-
     def _places(self) -> list[Path]:
         """The run folder, and those that it would be made in."""
         path = self.cli.run.path.absolute()
         return [path, *path.parents]
 
 
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 sample``, ``2,000 samples``."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 def steps_text(steps: list[int]) -> str:
-    """``143 times: 1,000, 2,000, 3,000, … 143,000``."""
+    """``143 times, after steps 1,000, 2,000, 3,000, … 143,000``."""
+    if not steps:
+        return "none"
     shown = [f"{step:,}" for step in steps]
     if len(shown) > 5:
         shown = [*shown[:3], f"… {shown[-1]}"]
-    return f"{len(steps):,} times, after steps {', '.join(shown)}"
+    after = "after step" if len(steps) == 1 else "after steps"
+    return f"{counted(len(steps), 'time')}, {after} {', '.join(shown)}"
 
 
 def millions(count: int) -> str:

@@ -22,18 +22,17 @@ from sinktrain.files import write_text
 from sinktrain.model.checkpoints import checkpoint_facts, empty_model
 from sinktrain.training.checkpoint_file import check_whole
 from sinktrain.training.companions import LAUNCHED_BY
-from sinktrain.training.continuing import Continuation, leave_behind, newest_whole, set_aside
+from sinktrain.training.continuing import Continuation, leave_behind, set_aside
 from sinktrain.training.dry_run import plan
 from sinktrain.training.launchers import told_once_a_host
+from sinktrain.training.memory import checkpoint_bytes, num_parameters
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import arm_name
 from sinktrain.training.run import ONCE_IMPLIED, differences
 from sinktrain.training.saving import what_continues
 from sinktrain.training.settings import MoreCallbacks, TrainingCLI
+from sinktrain.training.starting import find_start, is_finished, start_text
 from sinktrain.training.stopping import Stopped
-
-BYTES_OF_A_PARAMETER = 12
-"""In a checkpoint: its weight and two moments of AdamW, float32."""
 
 
 def fit(args: list[str], measures: MoreCallbacks | None = None) -> None:
@@ -57,7 +56,7 @@ def fit(args: list[str], measures: MoreCallbacks | None = None) -> None:
         cli.config.run, cli.config.resume = str(Path(scratch, cli.run.path.name)), "none"
         _fit(cli, measures)
     if _is_rank_zero():
-        _say(f"trainer.fast_dev_run {cli.num_trial_steps}: a trial, of which nothing is kept")
+        _say(f"{cli.title}: nothing of it is kept; leave --trainer.fast_dev_run out to train")
 
 
 def _fit(cli: TrainingCLI, measures: MoreCallbacks | None) -> None:
@@ -72,7 +71,7 @@ def _fit(cli: TrainingCLI, measures: MoreCallbacks | None) -> None:
         _check_together(cli, trainer)
     if cli.config.dry_run:
         if _is_rank_zero():
-            print(plan(cli, trainer, _start(cli).checkpoint))
+            print(plan(cli, trainer, find_start(cli).checkpoint))
         return
     with cli.run.locked() if _is_rank_zero() else nullcontext():
         try:
@@ -89,14 +88,14 @@ def _fit(cli: TrainingCLI, measures: MoreCallbacks | None) -> None:
 
 def _continue(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> None:
     """Train from where the run is, to its end."""
-    run, found = cli.run, _start(cli)
-    if found.checkpoint == run.last and run.is_finished(trainer.max_steps):
+    run, found = cli.run, find_start(cli)
+    if is_finished(cli, found.checkpoint, trainer.max_steps):
         if _is_rank_zero():
-            _say(f"{run.path}: finished already; a larger --trainer.max_steps continues it")
+            _say(f"{cli.title}: finished already; a larger --trainer.max_steps continues it")
         return
     if _is_rank_zero():
         _announce(cli, found)
-        _warn_of_little_space(cli, trainer.max_steps)
+        _warn_of_little_space(cli, min(cli.num_trial_steps or trainer.max_steps, trainer.max_steps))
         run.prepare(cli.datamodule.path / TOKENIZER_FILE)
         if found.checkpoint and cli.config.resume != "auto" and not run.has_resumed(cli.config.resume):
             leave_behind(run.checkpoints, found.checkpoint)
@@ -133,22 +132,6 @@ def validate(args: list[str]) -> dict[str, float]:
 
 def _is_rank_zero() -> bool:
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
-
-
-def _start(cli: TrainingCLI) -> Continuation:
-    """What the run continues from, found alike by every rank."""
-    resume = cli.config.resume
-    if resume == "none":
-        return Continuation(None, {})
-    if resume != "auto" and not cli.run.has_resumed(resume):
-        return Continuation(Path(resume), {})
-    found = newest_whole(cli.run.checkpoints)
-    if resume != "auto" and not found.checkpoint and not found.passed_over:
-        return Continuation(Path(resume), {})
-    if found.passed_over and found.checkpoint is None:
-        problems = "; ".join(found.passed_over.values())
-        raise ConfigError(f"{problems}; pass --resume PATH, or choose another --run")
-    return found
 
 
 def _check_named(resume: str, identity: dict[str, Any]) -> None:
@@ -202,10 +185,10 @@ def _train(cli: TrainingCLI, trainer: pl.Trainer, checkpoint: Path | None) -> No
 
 def _announce(cli: TrainingCLI, found: Continuation) -> None:
     config, checkpoint = cli.model.model_config(cli.datamodule), found.checkpoint
-    start = "from the start" if checkpoint is None else f"from {checkpoint.resolve().name}"
     for problem in found.passed_over.values():
-        _say(f"{cli.run.path}: {problem}; continuing from the one before")
-    _say(f"{cli.run.path}: {arm_name(config.sink)}, {_num_parameters(cli) / 1e6:.1f}m parameters, {start}")
+        _say(f"{cli.title}: {problem}; continuing from the one before")
+    size = num_parameters(empty_model(config)) / 1e6
+    _say(f"{cli.title}: {arm_name(config.sink)}, {size:.1f}m parameters, {start_text(cli, checkpoint)}")
     rows = MetricsTable(cli.run.path / "metrics.csv").rows()
     if checkpoint is None and rows and int(rows[-1]["step"]) > 0:
         _say(f"  its metrics.csv reached step {rows[-1]['step']} and begins anew: no checkpoint is left")
@@ -215,20 +198,17 @@ def _announce(cli: TrainingCLI, found: Continuation) -> None:
             _say(f"  changed since the last start: {line}")
 
 
-def _num_parameters(cli: TrainingCLI) -> int:
-    config = cli.model.model_config(cli.datamodule)
-    return sum(parameter.numel() for parameter in empty_model(config).parameters())
-
-
-def _warn_of_little_space(cli: TrainingCLI, max_steps: int) -> None:
+def _warn_of_little_space(cli: TrainingCLI, num_steps: int) -> None:
     """Say now what would otherwise end the run at one of its checkpoints."""
     folder = cli.run.checkpoints
     there = sum(path.stat().st_size for path in folder.glob("step-*.ckpt"))
-    needed = BYTES_OF_A_PARAMETER * _num_parameters(cli) * cli.config_init.checkpoint.most_at_once(max_steps)
+    model = empty_model(cli.model.model_config(cli.datamodule))
+    each = checkpoint_bytes(model, cli.model.optimizer_kind == "muon")
+    needed = each * cli.config_init.checkpoint.most_at_once(num_steps)
     free = shutil.disk_usage(cli.run.path).free
     if free + there < needed:
         _say(
-            f"{cli.run.path}: checkpoints will take some {(needed - there) / 1e9:.1f} GB "
+            f"{cli.title}: checkpoints will take some {(needed - there) / 1e9:.1f} GB "
             f"and {free / 1e9:.1f} GB are free; free some space, or use a smaller --checkpoint.keep"
         )
 
@@ -270,7 +250,7 @@ def _finish(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> 
     cli.run.write_manifest(identity, **facts)
     ended = "finished" if facts["is_finished"] else "ended"
     held_out = "" if val_loss is None else f", held-out loss {float(val_loss):.4f} nats"
-    _say(f"{cli.run.path}: {ended} at step {trainer.global_step}{held_out}")
+    _say(f"{cli.title}: {ended} at step {trainer.global_step}{held_out}")
 
 
 def _say(line: str) -> None:

@@ -1,8 +1,9 @@
-"""What loggers are told besides metrics: the settings and code of a run, where it goes on, its model."""
+"""Loggers: where their files go, and what they are told besides metrics: settings, code, the model."""
 
 from __future__ import annotations
 
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 import sinktrain
 from sinktrain.data.tokenizer import TOKENIZER_FILE
+from sinktrain.errors import ConfigError
 from sinktrain.training.run import RunFolder
 
 
@@ -44,6 +46,33 @@ class LoggedRun(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     _upload_model(logger, self.run)
+
+
+LOGGER_REMEDY = "--config wandb or --config tensorboard"
+
+
+def place_loggers(loggers: Any, run: RunFolder, run_id: str) -> bool:
+    """Keep the loggers' files in the run folder, and a continued run in the same W&B run.
+
+    Args:
+        loggers: ``trainer.logger`` as it was parsed, changed in place.
+
+    Returns:
+        Whether W&B is to have the model.
+
+    Raises:
+        ConfigError: a logger whose package is not here, or with settings that would not do.
+    """
+    if loggers is True:  # Lightning's choice, which begins another log at every start
+        raise ConfigError(f"trainer.logger true is not supported; use {LOGGER_REMEDY}")
+    described = [
+        logger
+        for logger in (loggers if isinstance(loggers, list) else [loggers])
+        if hasattr(logger, "class_path")
+    ]
+    for logger in described:
+        _place(logger, run, run_id)
+    return any(map(_uploads_model, described))
 
 
 def forget_after(logger: Logger, step: int) -> None:
@@ -80,6 +109,41 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return found
+
+
+def _place(logger: Any, run: RunFolder, run_id: str) -> None:
+    name = logger.class_path.rpartition(".")[2]
+    if name == "WandbLogger":
+        _need("wandb", "pip install 'sinktrain[wandb]'")
+        placed = {"name": run.path.name, "id": run_id}
+    elif name == "TensorBoardLogger":
+        _need("tensorboard", "pip install tensorboard")
+        placed = {"name": "tensorboard", "version": ""}
+    else:
+        return
+    for key, value in {"save_dir": str(run.path), **placed}.items():
+        logger.init_args[key] = value
+
+
+def _uploads_model(logger: Any) -> bool:
+    """Whether W&B is to have the model: Lightning's setting, which without its checkpoints does nothing."""
+    settings = logger.get("init_args") or {}
+    if not logger.class_path.endswith("WandbLogger"):
+        return False
+    log_model = settings.get("log_model", False)
+    if log_model not in (True, False):
+        raise ConfigError(f"trainer.logger: log_model {log_model} is not supported; use true (the last one)")
+    if log_model and settings.get("offline"):
+        raise ConfigError(
+            "trainer.logger: log_model and offline do not go together; "
+            "leave offline out and set WANDB_MODE=offline, and `wandb sync` uploads both"
+        )
+    return bool(log_model)
+
+
+def _need(package: str, remedy: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(f"trainer.logger needs the package {package}; {remedy}, or leave that overlay out")
 
 
 def _log_settings_to_tensorboard(logger: TensorBoardLogger, settings: dict[str, Any]) -> None:

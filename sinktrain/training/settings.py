@@ -1,17 +1,15 @@
-"""The settings of a run: parsed and checked by LightningCLI, with plain messages; the Trainer they make."""
+"""The settings of a run: parsed and checked by LightningCLI; the Trainer that they make."""
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import yaml
@@ -22,55 +20,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sinktrain.data.datamodule import WindowData
-from sinktrain.errors import ConfigError, did_you_mean
+from sinktrain.errors import ConfigError
 from sinktrain.training.checks import check_device, check_precision
 from sinktrain.training.companions import Companions
 from sinktrain.training.configs import default_run, with_config_paths
 from sinktrain.training.launchers import leave_group_at_exit, torchrun_devices
-from sinktrain.training.loggers import LoggedRun
+from sinktrain.training.loggers import LoggedRun, place_loggers
 from sinktrain.training.metrics import Metrics, ProgressBar
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import Pretraining
+from sinktrain.training.plain_messages import HAS_NEW_NAMES, PlainParser
 from sinktrain.training.run import RunFolder
 from sinktrain.training.saving import Checkpoints, CheckpointSettings
 from sinktrain.training.stopping import StopOnSignal, StopWhenSkipping
-from sinktrain.training.trial import StopAfter, trial_settings
-
-TRAINER_DEFAULTS = {
-    "accelerator": "auto",
-    "devices": 1,
-    "max_epochs": -1,  # one endless epoch: the loader never ends, max_steps does
-    "max_steps": -1,
-    "val_check_interval": 1000,
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 10,
-    "logger": False,  # metrics.csv is always written; overlays add others
-    "enable_checkpointing": False,  # ours are atomic
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
-
-UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "precision": (
-        lambda value: value not in (None, "bf16-mixed", "bf16", "32-true", "32", 32),  # weights are float32
-        "bf16-mixed or 32-true",
-    ),
-    "accumulate_grad_batches": (lambda value: value != 1, "data.micro_batch, which does the same"),
-    "gradient_clip_val": (lambda value: value is not None, "model.clip_norm"),
-    "strategy": (
-        lambda value: str(value).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")),
-        "ddp, whose processes start anew",
-    ),
-    "limit_train_batches": (lambda value: value is not None, "trainer.max_steps"),  # would repeat them
-    "overfit_batches": (lambda value: value != 0, "a smaller corpus"),
-    "log_every_n_steps": (lambda value: value is not None and value < 1, "1 or more"),
-    "val_check_interval": (
-        lambda value: not isinstance(value, int) or value < 1,
-        "a number of steps, or trainer.limit_val_batches 0 for no validation",
-    ),
-}
-"""Settings of Lightning's that would not do here: which values, and what does."""
+from sinktrain.training.trainer_settings import TRAINER_DEFAULTS, check_trainer, trainer_refusal
+from sinktrain.training.trial import StopAfter, TrialBar, trial_settings
 
 
 @dataclass(frozen=True)
@@ -111,6 +75,7 @@ class TrainingCLI(LightningCLI):
     config: Any
     model: Pretraining
     datamodule: WindowData
+    title: str
     run_id: str
     uploads_model: bool
 
@@ -123,7 +88,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1234,
-            parser_class=_Parser,
+            parser_class=PlainParser,
             parser_kwargs={"allow_abbrev": False},
             args=with_config_paths(args),
             run=False,
@@ -148,19 +113,15 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args)
         if not 0 <= self.config.seed_everything < 2**32:
             raise ConfigError(f"seed_everything is {self.config.seed_everything}; use 0 to {2**32 - 1}")
-        if self.num_trial_steps < 0:
+        if self.config.trainer.fast_dev_run < 0:
             raise ConfigError(
-                f"trainer.fast_dev_run is {self.num_trial_steps}; use true, or a number of steps"
+                f"trainer.fast_dev_run is {self.config.trainer.fast_dev_run}; use true, or a number of steps"
             )
+        self.title = f"a trial of {self.run.path}" if self.num_trial_steps else str(self.run.path)
 
     def before_instantiate_classes(self) -> None:
-        loggers = self.config.trainer.logger
         self.run_id = self.run.read_id() or uuid.uuid4().hex[:12]
-        self.uploads_model = False
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            if hasattr(logger, "class_path"):
-                _place_logger(logger, self.run, self.run_id)
-                self.uploads_model |= _uploads_model(logger)
+        self.uploads_model = place_loggers(self.config.trainer.logger, self.run, self.run_id)
         if self.config.dry_run or self.num_trial_steps:
             self.config.trainer.logger = False
 
@@ -170,8 +131,8 @@ class TrainingCLI(LightningCLI):
 
     @property
     def num_trial_steps(self) -> int:
-        """``trainer.fast_dev_run``: steps of a trial, which keeps nothing; 0 for a run."""
-        return int(self.config.trainer.fast_dev_run)
+        """``trainer.fast_dev_run``: steps of a trial, which keeps nothing; 0 for a run, or a plan of one."""
+        return 0 if self.config.dry_run else int(self.config.trainer.fast_dev_run)
 
     def instantiate_trainer(self, **_: Any) -> Any:
         """Made by ``make_trainer`` once the run folder is known."""
@@ -187,13 +148,12 @@ class TrainingCLI(LightningCLI):
             ConfigError: a setting of the Trainer's that cannot be used.
         """
         settings = dict(self.config_init.trainer)
-        for name, (is_bad, remedy) in UNSUPPORTED.items():
-            if is_bad(settings.get(name)):
-                raise ConfigError(f"trainer.{name} {settings[name]} is not supported; use {remedy}")
+        check_trainer(settings)
         if is_training:
             settings["callbacks"] = [*(settings["callbacks"] or []), *self._callbacks(measures)]
             settings["default_root_dir"] = self.run.path
             settings["enable_progress_bar"] = True  # ours, which prints lines where there is no bar
+            settings["fast_dev_run"] = False  # a trial is ours too
             if self.num_trial_steps:
                 settings["callbacks"].append(StopAfter(self.num_trial_steps))
                 settings |= trial_settings(self.num_trial_steps)
@@ -205,7 +165,7 @@ class TrainingCLI(LightningCLI):
             settings["plugins"] = settings["plugins"] or _cluster_plugins()
             trainer = pl.Trainer(**settings)
         except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
-            raise ConfigError(_trainer_refusal(error)) from error
+            raise ConfigError(trainer_refusal(error)) from error
         check_device(trainer.strategy.root_device)
         check_precision(trainer.precision, trainer.strategy.root_device)
         return trainer
@@ -219,7 +179,9 @@ class TrainingCLI(LightningCLI):
         stops = [StopWhenSkipping(checkpoints), StopOnSignal(checkpoints)]
         told = LoggedRun(self.logged_settings(), self.run, self.uploads_model)
         wants_bar = self.config_init.trainer.enable_progress_bar is not False
-        bar = ProgressBar(metrics, is_live=wants_bar and sys.stderr.isatty())
+        is_live = wants_bar and sys.stderr.isatty()
+        steps = self.num_trial_steps
+        bar = TrialBar(metrics, is_live, steps) if steps else ProgressBar(metrics, is_live)
         # Companions come last: they watch until the last checkpoint is there.
         return [metrics, *more, checkpoints, told, *stops, bar, companions]
 
@@ -236,7 +198,7 @@ class TrainingCLI(LightningCLI):
 
     def dump(self) -> str:
         """Every setting, as the YAML that makes the same run again."""
-        with_nulls = {"skip_unset" if _HAS_NEW_NAMES else "skip_none": False}
+        with_nulls = {"skip_unset" if HAS_NEW_NAMES else "skip_none": False}
         text: str = self.parser.dump(self.config, skip_link_targets=True, format="yaml", **with_nulls)
         return text
 
@@ -249,12 +211,6 @@ class TrainingCLI(LightningCLI):
 
 MoreCallbacks = Callable[[TrainingCLI, Metrics], list[pl.Callback]]
 """What a run does besides, made of its settings: handed in by whoever may import what it needs."""
-
-
-def _trainer_refusal(error: Exception) -> str:
-    message = " ".join(str(error).split()).rstrip("!.")
-    is_about_devices = re.search(r"(?i)devices|accelerator|backend|gpu", message)
-    return f"trainer: {message}{'; sinktrain doctor shows the devices' if is_about_devices else ''}"
 
 
 def _cluster_plugins() -> list[SLURMEnvironment]:
@@ -281,95 +237,3 @@ def _quiet_lightning() -> None:
         ".*AccumulateGrad node's stream.*",  # of DDP's own making, on CUDA
     ):
         warnings.filterwarnings("ignore", message=text)
-
-
-# -- loggers --------------------------------------------------------------------------------------
-
-
-def _place_logger(logger: Any, run: RunFolder, run_id: str) -> None:
-    """Keep a logger's files in the run folder, and a continued run in the same W&B run."""
-    name = logger.class_path.rpartition(".")[2]
-    if name == "WandbLogger":
-        _need("wandb", "pip install 'sinktrain[wandb]'")
-        placed = {"name": run.path.name, "id": run_id}
-    elif name == "TensorBoardLogger":
-        _need("tensorboard", "pip install tensorboard")
-        placed = {"name": "tensorboard", "version": ""}
-    else:
-        return
-    for key, value in {"save_dir": str(run.path), **placed}.items():
-        logger.init_args[key] = value
-
-
-def _uploads_model(logger: Any) -> bool:
-    """Whether W&B is to have the model: Lightning's setting, which without its checkpoints does nothing."""
-    settings = logger.get("init_args") or {}
-    if not logger.class_path.endswith("WandbLogger"):
-        return False
-    log_model = settings.get("log_model", False)
-    if log_model not in (True, False):
-        raise ConfigError(f"trainer.logger: log_model {log_model} is not supported; use true (the last one)")
-    if log_model and settings.get("offline"):
-        raise ConfigError(
-            "trainer.logger: log_model and offline do not go together; "
-            "leave offline out and set WANDB_MODE=offline, and `wandb sync` uploads both"
-        )
-    return bool(log_model)
-
-
-def _need(package: str, remedy: str) -> None:
-    if find_spec(package) is None:
-        raise ConfigError(f"trainer.logger needs the package {package}; {remedy}, or leave that overlay out")
-
-
-# -- plain messages -------------------------------------------------------------------------------
-
-
-class _Parser(LightningArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(_plain_message(message, self)) from ex
-
-    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
-        """What Lightning 2.6.6 calls by its old name."""
-        instantiate = self.instantiate if _HAS_NEW_NAMES else super().instantiate_classes
-        return instantiate(cfg, **options)
-
-
-_HAS_NEW_NAMES = hasattr(LightningArgumentParser, "instantiate")
-"""Since jsonargparse 4.49, which warns of the old ones."""
-
-
-_UNKNOWN_SETTING = re.compile(
-    r"Option '(?P<option>[^']+)' is not accepted"
-    r"|Group '(?P<group>[^']+)' does not accept option '(?P<inner>[^']+)'"
-    r"|[Uu]nrecognized arguments: (?P<argument>\S+)"
-)
-
-_PLAIN_WORDS = [
-    ("Parser key ", "setting "),
-    (r"Does not validate .*? Subtypes: \[(.*)\] Errors: .* value: (.*)", r"Expected a \1. Got value: \2"),
-    (r"<class 'NoneType'>", "null"),
-    (r"<class '(\w+)'>", r"\1"),
-    (r"typing\.Literal\[(.*?)\]", r"\1"),
-    (r"Expected a (.*)\. Got value: (.*)", r"expected \1, found \2"),
-    (
-        r".*arguments are required: .*data\.path.*",
-        "data.path is missing; pass --data.path SHARDS, made by sinktrain prepare",
-    ),
-]
-"""What jsonargparse says of a value, and what we say."""
-
-
-def _plain_message(message: str, parser: LightningArgumentParser) -> str:
-    """jsonargparse's message in one line that names the setting, and the one that was probably meant."""
-    text = " ".join(message.split())
-    unknown = _UNKNOWN_SETTING.search(text)
-    if unknown:
-        found = unknown.groupdict()
-        name = found["option"] or found["argument"] or f"{found['group']}.{found['inner']}"
-        name = name.lstrip("-").partition("=")[0]
-        known = [action.dest for action in parser._actions]
-        return f'unknown setting "{name}"{did_you_mean(name, known)}'
-    for pattern, plain in _PLAIN_WORDS:
-        text = re.sub(pattern, plain, text)
-    return text
