@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
+
+CLOSE_ENOUGH = 0.6
+"""``SequenceMatcher.ratio`` from which a word is taken for a slip of another."""
 
 
 class SinktrainError(Exception):
@@ -36,8 +40,13 @@ class ExportError(SinktrainError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``; did you mean "…"?`` for the nearest known word, or nothing."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f'; did you mean "{matches[0]}"?' if matches else ""
+
+    def likeness(other: str) -> tuple[float, int]:
+        same_places = sum(map(operator.eq, word, other))  # 15m is as like 31m as 14m but for these
+        return difflib.SequenceMatcher(None, other, word).ratio(), same_places
+
+    nearest = max(known, key=likeness, default="")
+    return f'; did you mean "{nearest}"?' if nearest and likeness(nearest)[0] >= CLOSE_ENOUGH else ""
 
 
 def first_line(error: BaseException) -> str:

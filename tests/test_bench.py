@@ -379,6 +379,7 @@ def test_json_is_the_whole_result_and_nothing_is_rounded(run, run_folder):
     code, out, _ = run(f"decode --model {run_folder} --tokens 3 --layouts 1+7,2+6 --json")
     assert code == 0
     result = json.loads(out)
+    assert out == json.dumps(result, indent=2) + "\n"
     assert list(result) == ["schema_version", "environment", "bandwidth_bytes_per_s", "rows", "recompute"]
     assert result["schema_version"] == 1
     assert [(row["name"], row["sinks"]) for row in result["rows"]] == [
@@ -439,7 +440,7 @@ def test_options_of_evaluate_reach_the_benchmark(run, monkeypatch):
     monkeypatch.setattr(
         bench_evaluate, "bench_evaluate", lambda request: asked.append(request) or {"rows": []}
     )
-    assert run("evaluate --device cpu --json") == (0, '{"rows": []}\n', "")
+    assert run("evaluate --device cpu --json") == (0, '{\n  "rows": []\n}\n', "")
     run("evaluate --model m --layouts 1+7,3+5 --tokens 4_000 --streams 3 --device cpu --dtype float64 --json")
     run("evaluate --preset 14m,pythia-31m --device cpu --json")
     cpu = torch.device("cpu")
@@ -462,8 +463,8 @@ MISTAKES = [
     ("evaluate --layouts 1024", 'layout "1024" is not sinks+window'),
     ("evaluate --tokens inf", "--tokens inf would never end; use a number"),
     ("evaluate --model x --preset 14m", "--model and --preset both say what to time; give one of them"),
-    ("evaluate --preset 15m", 'no preset "15m"; did you mean "31m"?; there are 14m, 31m, 70m'),
-    ("decode --preset 15m", 'no preset "15m"; did you mean "31m"?; there are 14m, 31m, 70m'),
+    ("evaluate --preset 15m", 'no preset "15m"; did you mean "14m"?; there are 14m, 31m, 70m'),
+    ("decode --preset 15m", 'no preset "15m"; did you mean "14m"?; there are 14m, 31m, 70m'),
     ("decode --preset 14m,", 'no preset ""'),
     ("decode --model x --preset 14m", "--model and --preset both say what to time; give one of them"),
     ("decode --batch 0", "--batch 0 is not a list of numbers from 1 on; write it like 1,32"),

@@ -20,12 +20,11 @@ import torch
 from example_results import example_results
 from tiny_models import tiny_model, write_run
 from tiny_runs import TEXT, tiny_tokenizer, write_text_run
-from tiny_shards import tiny_run, write_shards
+from tiny_shards import write_shards
 
 from sinktrain import __version__, cli
 from sinktrain.data.prepare import PrepareOptions
 from sinktrain.data.sources import Source
-from sinktrain.data.tokenizer import load_tokenizer
 from sinktrain.errors import ConfigError
 from sinktrain.evaluation import compare as comparing
 from sinktrain.evaluation.compare import Comparison
@@ -76,6 +75,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text_run(home / "sink", 1, seed=2)
     write_run(tiny_model(), home / "bare")
     write_text_run(home / "small", vocab_size=97)
+    write_text_run(home / "damaged")
+    last = home / "damaged" / "checkpoints" / "last.ckpt"
+    (last.parent / "step-00000010.ckpt").write_bytes(last.read_bytes())
+    (last.parent / "step-00000020.ckpt").write_bytes(last.read_bytes()[:-1000])
+    last.unlink()
+    last.symlink_to("step-00000020.ckpt")
     write_shards(home / "shards")
     for name in ("truncated", "edited"):
         shutil.copytree(home / "shards", home / name)
@@ -84,6 +89,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard = home / "edited" / "tokens-val-00000.bin"
     shard.write_bytes(b"\x07\x00" + shard.read_bytes()[2:])
     return home
+
+
+def from_json(said: Said) -> Any:
+    """What ``--json`` printed: one value, indented as in the files that commands write."""
+    value = json.loads(said.out)
+    assert said.out == json.dumps(value, indent=2) + "\n"
+    return value
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -145,6 +157,10 @@ def test_a_defect_is_not_taken_for_a_mistake(run: Run, monkeypatch: pytest.Monke
 
 # -- mistakes -------------------------------------------------------------------------------------
 
+OLDER = (
+    "{home}/damaged/checkpoints/step-00000020.ckpt is damaged, or holds more than tensors and plain values; "
+    "use {home}/damaged/checkpoints/step-00000010.ckpt"
+)
 STREAM = "stream {home}/sink --max-tokens 3"
 COMPARE = "compare {home}/vanilla {home}/sink --out {home}/new"
 
@@ -189,6 +205,7 @@ MISTAKES = [
     ("stream", "the following arguments are required: MODEL; see sinktrain stream --help"),
     ("stream {home}/snk", '{home}/snk does not exist; did you mean "sink"?'),
     ("stream {home}/notes", "notes holds no model"),
+    ("stream {home}/damaged", OLDER),
     ("stream {home}/text.txt", "text.txt is a file of another kind"),
     (
         "stream {home}/bare",
@@ -237,6 +254,8 @@ MISTAKES = [
     ),
     (f"{COMPARE} --text {{home}}/shards", "these shards were not made with the tokenizer of {home}/vanilla"),
     ("evaluate {home}/bare --text {home}/text.txt --out {home}/new", "{home}/bare has no tokenizer"),
+    ("evaluate {home}/damaged --text {home}/text.txt --out {home}/new", OLDER),
+    ("compare {home}/sink {home}/damaged --text {home}/text.txt --out {home}/new", OLDER),
     ("evaluate {home}/bare --text {home}/truncated --out {home}/new", "belong to another model"),
     ("compare {home}/sink {home}/sink/ --text {home}/text.txt --out {home}/new", "is named twice"),
     ("compare {home}/sink {home}/snk --text {home}/text.txt --out {home}/new", 'did you mean "sink"?'),
@@ -303,6 +322,7 @@ MISTAKES = [
     ),
     # export
     ("export {home}/sink", "the following arguments are required: --out; see sinktrain export --help"),
+    ("export {home}/damaged --out {home}/new", OLDER),
     ("export {home}/snk --out {home}/new", 'does not exist; did you mean "sink"?'),
     ("export {home}/sink --out {home}/notes", "{home}/notes is there already and stays as it is"),
     ("export {home}/small --out {home}/new", "{home}/small has a tokenizer of"),
@@ -344,11 +364,11 @@ def test_prepare_makes_shards_and_says_what_is_in_them(run: Run, tmp_path: Path)
     said = run(*arguments)
     assert said.code == 0
     assert re.fullmatch(rf"{out}: [\d,]+ training and [\d,]+ held-out tokens, vocabulary of .*\n", said.out)
-    manifest = json.loads(run(*arguments, "--json").out)
+    manifest = from_json(run(*arguments, "--json"))
     assert manifest == json.loads((out / "manifest.json").read_text())
     assert manifest["splits"]["val"]["tokens"] > 0
     assert run("prepare", "--verify", out).out == said.out
-    assert json.loads(run("prepare", "--verify", out, "--json").out) == manifest
+    assert from_json(run("prepare", "--verify", out, "--json")) == manifest
 
 
 def test_a_share_of_streameval_lines_is_prepared_when_asked(
@@ -612,7 +632,7 @@ def test_compare_json_is_the_content_of_results(run: Run, home: Path, tmp_path: 
     arguments = ("--text", home / "text.txt", "--out", tmp_path / "report", "--layouts", "1+7,0+8", "--json")
     options = ("--max-tokens", "inf", "--tasks", "none")
     said = run("compare", home / "vanilla", home / "sink", *arguments, *options)
-    results = json.loads(said.out)
+    results = from_json(said)
     assert results == json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["environment"]["max_tokens"] is None
     assert [model["name"] for model in results["models"]] == ["vanilla", "sink"]
@@ -622,7 +642,7 @@ def test_evaluate_measures_one_model(run: Run, home: Path, tmp_path: Path) -> No
     arguments = ("--text", home / "text.txt", "--out", tmp_path / "report", "--policies", "streaming")
     sizes = ("--max-tokens", "200", "--streams", "2", "--verify", "20", "--dtype", "float64")
     options = (*sizes, "--tasks", "none", "--json")
-    results = json.loads(run("evaluate", home / "sink", *arguments, *options).out)
+    results = from_json(run("evaluate", home / "sink", *arguments, *options))
     assert len(results["perplexity"]) == 4
     assert {row["tokens_scored"] for row in results["perplexity"]} == {2 * (100 - 16)}
     assert {row["num_tokens"] for row in results["verified"]} == {20}
@@ -791,7 +811,7 @@ def test_results_are_logged_to_wandb_when_asked(
     assert logged[0][0] == logged[1][0] == {**example_results(), "failed": []}
 
 
-# -- export and validate --------------------------------------------------------------------------
+# -- export ---------------------------------------------------------------------------------------
 
 
 def test_an_export_streams_as_the_run_does(run: Run, home: Path, tmp_path: Path) -> None:
@@ -804,28 +824,7 @@ def test_an_export_streams_as_the_run_does(run: Run, home: Path, tmp_path: Path)
 
 def test_export_without_a_tokenizer_says_so(run: Run, home: Path, tmp_path: Path) -> None:
     said = run("export", home / "bare", "--out", tmp_path / "model", "--json")
-    result = json.loads(said.out)
+    result = from_json(said)
     assert (result["folder"], result["has_tokenizer"]) == (str(tmp_path / "model"), False)
     said = run("export", home / "bare", "--out", tmp_path / "again")
     assert f"{home / 'bare'} has no tokenizer, so there is none in the folder" in said.err
-
-
-def test_validate_prints_the_held_out_loss_of_a_checkpoint(run: Run, home: Path, tmp_path: Path) -> None:
-    arguments = tiny_run(home / "shards", tmp_path / "run", "--trainer.max_steps", "3")
-    assert run("fit", *arguments).code == 0
-    config, checkpoint = tmp_path / "run" / "config.yaml", tmp_path / "run" / "checkpoints" / "last.ckpt"
-    named = ("validate", "--config", config, "--ckpt_path", checkpoint)
-    loss = json.loads(run(*named, "--json").out)["val/loss"]
-    assert run(*named).out == f"held-out loss {loss:.4f} nats\n"
-    trained = json.loads((tmp_path / "run" / "manifest.json").read_text())["val_loss_nats"]
-    assert loss == pytest.approx(trained, rel=1e-6)
-    assert load_tokenizer(str(tmp_path / "run")).sha256 == load_tokenizer(str(home / "shards")).sha256
-
-    missing = run("validate", "--config", config, "--ckpt_path", tmp_path / "none.ckpt")
-    assert_is_mistake(missing, "validate", "none.ckpt: there is no such checkpoint")
-    assert_is_mistake(run("validate", "--config", config), "validate", "--ckpt_path is missing")
-    assert_is_mistake(run("validate", "--config", "quickstrt"), "validate", 'did you mean "quickstart"?')
-    unknown = run("validate", "--config", config, "--model.learnin_rate", "1")
-    assert_is_mistake(
-        unknown, "validate", 'unknown setting "model.learnin_rate"; did you mean "model.learning_rate"?'
-    )

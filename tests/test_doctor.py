@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from sinktrain.cli import main
+from sinktrain.cli.doctor import lines
 from sinktrain.experiments.doctor import examine, looked_at
 from sinktrain.experiments.doctor_devices import (
     DriverGPU,
@@ -60,13 +61,26 @@ def test_something_bad_is_told_with_its_remedy_and_ends_with_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--json", "--data.path", str(tmp_path)]) == 2
-    told = json.loads(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    told = json.loads(out)
+    assert out == json.dumps(told, indent=2) + "\n"
     bad = [finding for finding in told["findings"] if finding["mark"] == "bad"]
     assert [finding["subject"] for finding in bad] == ["shards"]
     assert "no prepared shards here" in bad[0]["found"]
     assert bad[0]["remedy"] == "sinktrain prepare TEXT --out DIR"
     assert told["num_bad"] == 1
     assert told["num_warn"] == sum(finding["mark"] == "warn" for finding in told["findings"])
+
+
+def test_what_to_type_stays_whole_where_a_line_does_not_fit() -> None:
+    findings = [
+        Finding("disk", "ok", "72.7 GiB free"),
+        Finding("Hub", "warn", "no token: public models only", "hf auth login"),
+    ]
+    disk, hub = "ok    disk  72.7 GiB free", "warn  Hub   no token: public models only"
+    for columns in (None, 80, len(hub) + 17):
+        assert lines(findings, columns) == [disk, f"{hub} -> hf auth login"]
+    assert lines(findings, len(hub) + 16) == [disk, hub, "            -> hf auth login"]
 
 
 def test_a_part_that_cannot_look_does_not_hide_the_others() -> None:
@@ -84,18 +98,18 @@ def test_a_part_that_cannot_look_does_not_hide_the_others() -> None:
 @pytest.mark.parametrize(
     ("version", "mark", "found"),
     [
-        ("2.6.6", "ok", "2.6.6 (<2.7,>=2.6.6)"),
+        ("2.6.6", "ok", "2.6.6 (>=2.6.6,<2.7)"),
         ("2.6.2", "bad", "2.6.2 is a compromised release (GHSA-w37p-236h-pfx3)"),
         ("2.6.3", "bad", "2.6.3 is a compromised release (GHSA-w37p-236h-pfx3)"),
-        ("2.6.5", "bad", "2.6.5, but sinktrain works with <2.7,>=2.6.6"),
-        ("2.7.0", "bad", "2.7.0, but sinktrain works with <2.7,>=2.6.6"),
+        ("2.6.5", "bad", "2.6.5, but sinktrain works with >=2.6.6,<2.7"),
+        ("2.7.0", "bad", "2.7.0, but sinktrain works with >=2.6.6,<2.7"),
         (None, "bad", "not installed"),
     ],
 )
 def test_lightning_must_be_the_pinned_one(version: str | None, mark: str, found: str) -> None:
     finding = judge_package(LIGHTNING, version)
     assert (finding.mark, finding.found) == (mark, found)
-    assert finding.remedy.startswith("pip install 'lightning<2.7,>=2.6.6'" if mark == "bad" else "")
+    assert finding.remedy.startswith("pip install 'lightning>=2.6.6,<2.7'" if mark == "bad" else "")
     assert ("replace the keys" in finding.remedy) == ("compromised" in found)
 
 

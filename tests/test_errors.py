@@ -24,9 +24,19 @@ def test_did_you_mean_names_the_nearest_known_word():
     assert did_you_mean("pythia-160", iter(["pythia-14m", "pythia-160m"])) == '; did you mean "pythia-160m"?'
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("15m", "14m"), ("13m", "14m"), ("16m", "160m"), ("1.5b", "1.4b")]
+)
+def test_of_sizes_alike_the_one_with_more_figures_in_their_places_is_meant(typed, meant):
+    """For 15m it was 31m."""
+    sizes = ["14m", "31m", "70m", "160m", "410m", "1b", "1.4b"]
+    assert did_you_mean(typed, sizes) == did_you_mean(typed, sizes[::-1]) == f'; did you mean "{meant}"?'
+
+
 def test_did_you_mean_says_nothing_when_nothing_is_near():
     assert did_you_mean("xyz", ["warmup_steps"]) == ""
     assert did_you_mean("xyz", []) == ""
+    assert did_you_mean("", []) == ""
 
 
 def test_first_line_is_what_an_error_says_or_its_name():

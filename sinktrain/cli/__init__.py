@@ -15,7 +15,7 @@ USER_MISTAKE, INTERRUPTED = 2, 130
 COMMANDS = {
     "prepare": "sinktrain.cli.prepare",
     "fit": "sinktrain.cli.fit",
-    "validate": "sinktrain.cli.fit",
+    "validate": "sinktrain.cli.validate",
     "stream": "sinktrain.cli.stream",
     "evaluate": "sinktrain.cli.compare",
     "compare": "sinktrain.cli.compare",
@@ -31,7 +31,7 @@ Pretrain GPT-NeoX models with or without an attention sink, stream them, and com
 commands:
   prepare    text -> tokenizer and verified token shards
   fit        shards -> a trained model (LightningCLI; continues where it was cut off)
-  validate   held-out loss of a checkpoint
+  validate   held-out loss of a run, or of one of its checkpoints
   stream     a model -> endless text, in constant memory
   evaluate   measure one model under streaming: losses, sink, removal, latency, StreamEval
   compare    measure several side by side: table, results.json, report.html, wandb

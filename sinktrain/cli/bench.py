@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from sinktrain.cli.parsing import (
     Parser,
@@ -16,6 +16,7 @@ from sinktrain.cli.parsing import (
     number_list,
     number_of_tokens,
 )
+from sinktrain.cli.printing import print_json
 from sinktrain.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _bench_train(options: argparse.Namespace) -> None:
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signum) from None
     if result is not None:  # rank 0 speaks for all
-        print(json.dumps(result) if options.json else train_table(result))
+        _show(result, train_table, options)
         if result["stopped"]:
             raise SystemExit(128 + result["stopped"])
 
@@ -190,7 +191,7 @@ def _bench_decode(options: argparse.Namespace) -> None:
             is_trace=options.trace,
         )
     )
-    print(json.dumps(result) if options.json else bench_table(result))
+    _show(result, bench_table, options)
 
 
 def _bench_evaluate(options: argparse.Namespace) -> None:
@@ -210,7 +211,16 @@ def _bench_evaluate(options: argparse.Namespace) -> None:
             dtype=chosen_dtype(options.dtype, device.type),
         )
     )
-    print(json.dumps(result) if options.json else evaluate_table(result))
+    _show(result, evaluate_table, options)
+
+
+def _show(
+    result: dict[str, Any], table: Callable[[dict[str, Any]], str], options: argparse.Namespace
+) -> None:
+    if options.json:
+        print_json(result)
+    else:
+        print(table(result))
 
 
 SUBJECTS = {"train": _bench_train, "decode": _bench_decode, "evaluate": _bench_evaluate}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import sys
@@ -22,6 +21,7 @@ from sinktrain.cli.parsing import (
     number_of_tokens,
     text_source,
 )
+from sinktrain.cli.printing import print_json
 from sinktrain.errors import ConfigError, did_you_mean
 
 DEFAULT_TASKS = "telemetry,removal,latency,streameval,access"
@@ -37,6 +37,12 @@ token by token and has a 95% interval. --tasks add what losses don't show:
   latency     ms a token and memory, by policy, layout and length of the stream
   streameval  numbers told in the stream and asked for lines later, in the paper's form
   access      facts asked for from inside the window and beyond it, beside the score of guessing
+
+--quantize adds what rounding costs, simulated (nothing gets faster), with the sink's slot and without:
+
+  w8a8-static  weights and inputs of linear layers in 8 bits, with one scale for all inputs of a layer
+  w8a8-token   the same with a scale for each token
+  kv8, kv4     cached keys and values in 8 or 4 bits, with a range for each token and head
 
 All lands in --out: results.json (every number), results.md (for a pull request), report.html (one page
 with plots, works offline). What a model gave is kept there, so the same command, cut off, continues."""
@@ -123,6 +129,11 @@ def _comparison_parser(command: str, usage: str, description: str, example: str)
         help="telemetry, removal, latency, streameval, access, or none (default: all)",
     )
     parser.add_argument(
+        "--quantize",
+        metavar="S,…",
+        help="w8a8-static, w8a8-token, kv8, kv4, or all (default: none of them)",
+    )
+    parser.add_argument(
         "--max-tokens",
         type=number_of_tokens,
         default=65_536,
@@ -176,14 +187,14 @@ def _check_only_rendering(parser: Parser, options: argparse.Namespace) -> None:
         raise ConfigError(f"--from-results measures nothing, so leave out {', '.join(extra)}")
 
 
-def _names(option: str, typed: str, known: Sequence[str], nothing: str | None = None) -> tuple[str, ...]:
-    """``a,b`` as names, each once; ``nothing`` is the word for none of them."""
+def _names(option: str, typed: str, known: Sequence[str], alone: str | None = None) -> tuple[str, ...]:
+    """``a,b`` as names, each once; nothing for the word ``alone``, which goes with no other."""
     names = tuple(dict.fromkeys(typed.split(",")))
-    if nothing in names:
+    if alone in names:
         if len(names) > 1:
-            raise ConfigError(f"{option} {typed}: {nothing} stands alone; leave it or the others out")
+            raise ConfigError(f"{option} {typed}: {alone} stands alone; leave it or the others out")
         return ()
-    words = [*known] if nothing is None else [*known, nothing]
+    words = [*known] if alone is None else [*known, alone]
     for name in names:
         if name not in known:
             hint = did_you_mean(name, words)
@@ -197,12 +208,16 @@ def _names(option: str, typed: str, known: Sequence[str], nothing: str | None = 
 def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     from sinktrain.evaluation import compare as comparing
     from sinktrain.evaluation.perplexity import POLICIES
+    from sinktrain.evaluation.quantizers import SCHEMES
     from sinktrain.report.wandb_log import check_wandb
     from sinktrain.report.write import check_report_folder
     from sinktrain.streaming.layout import parse_layouts
 
     policies = _names("--policies", options.policies, POLICIES)
-    tasks = _names("--tasks", options.tasks, comparing.TASKS, nothing="none")
+    tasks = _names("--tasks", options.tasks, comparing.TASKS, alone="none")
+    schemes: tuple[str, ...] = ()
+    if options.quantize is not None:
+        schemes = _names("--quantize", options.quantize, tuple(SCHEMES), alone="all") or tuple(SCHEMES)
     layouts = parse_layouts(options.layouts) if options.layouts else []
     check_report_folder(options.out)
     if options.wandb is not None:
@@ -219,6 +234,7 @@ def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -
             num_streams=options.streams,
             recompute_tokens=options.recompute_tokens,
             verify_tokens=options.verify,
+            schemes=schemes,
             device=device,
             dtype=chosen_dtype(options.dtype, device),
             out=options.out,
@@ -246,8 +262,10 @@ def _show(results: dict[str, Any], options: argparse.Namespace) -> None:
     from sinktrain.report.write import write_report
 
     write_report(results, options.out)
-    width = shutil.get_terminal_size().columns
-    print(json.dumps(results) if options.json else terminal_table(results, width))
+    if options.json:
+        print_json(results)
+    else:
+        print(terminal_table(results, shutil.get_terminal_size().columns))
     print(f"report: {options.out / 'report.html'}", file=sys.stderr)
     if options.wandb is not None:
         from sinktrain.report.wandb_log import log_report

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinktrain.cli.parsing import make_parser
+from sinktrain.cli.printing import print_json
 
 if TYPE_CHECKING:
     from sinktrain.experiments.doctor_finding import Finding
@@ -36,18 +38,27 @@ def doctor(arguments: list[str]) -> int:
     counts = Counter(finding.mark for finding in findings)
     if options.json:
         rows = [asdict(finding) for finding in findings]
-        print(json.dumps({"findings": rows, "num_bad": counts["bad"], "num_warn": counts["warn"]}))
+        print_json({"findings": rows, "num_bad": counts["bad"], "num_warn": counts["warn"]})
     else:
-        print("\n".join(lines(findings)))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(lines(findings, columns)))
         print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['bad']} bad")
     return 2 if counts["bad"] else 0
 
 
-def lines(findings: list[Finding]) -> list[str]:
-    """``warn  disk  3.1 GiB free in the current folder -> free some``, in columns."""
+def lines(findings: list[Finding], columns: int | None = None) -> list[str]:
+    """``warn  disk  3.1 GiB free in the current folder -> free some``, in columns.
+
+    Args:
+        columns: of the terminal: what to type stands on a line of its own, whole, where both do not fit.
+    """
     width = max(len(finding.subject) for finding in findings)
-    return [
-        f"{finding.mark:<5} {finding.subject:<{width}}  {' '.join(finding.found.split())}"
-        + (f" -> {finding.remedy}" if finding.remedy else "")
-        for finding in findings
-    ]
+    told = []
+    for finding in findings:
+        line = f"{finding.mark:<5} {finding.subject:<{width}}  {' '.join(finding.found.split())}"
+        remedy = f"-> {finding.remedy}" if finding.remedy else ""
+        if columns is not None and remedy and len(f"{line} {remedy}") > columns:
+            told += [line, " " * (width + 8) + remedy]
+        else:
+            told.append(f"{line} {remedy}".rstrip())
+    return told

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from sinktrain.cli.parsing import make_parser
+from sinktrain.cli.printing import print_json
 
 
 def export(arguments: list[str]) -> int:
@@ -23,7 +23,7 @@ def export(arguments: list[str]) -> int:
 
     exported = write_folder(options.model, options.out)
     if options.json:
-        print(json.dumps(asdict(exported), default=str))
+        print_json(asdict(exported))
         return 0
     print(
         f"{exported.folder}: loads with plain transformers; "

@@ -1,8 +1,7 @@
-"""``sinktrain fit`` and ``validate``: LightningCLI, with a help that fits on a page."""
+"""``sinktrain fit``: LightningCLI, with a help that fits on a page."""
 
 from __future__ import annotations
 
-import json
 import sys
 
 FIT_HELP = """\
@@ -31,16 +30,6 @@ example:
   sinktrain fit --config pythia-160m --config sink --config ddp --data.path shards
 """
 
-VALIDATE_HELP = """\
-usage: sinktrain validate --config FILE [--ckpt_path PATH] [options of fit] [--json]
-
-Held-out loss of a checkpoint, on the targets that all arms share.
-
-example:
-  sinktrain validate --config runs/quickstart/sink/config.yaml \\
-      --ckpt_path runs/quickstart/sink/checkpoints/last.ckpt
-"""
-
 
 def fit(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -55,18 +44,6 @@ def fit(arguments: list[str]) -> int:
     except Stopped as stopped:
         print(f"sinktrain fit: {stopped} and saved; the same command continues", file=sys.stderr)
         return 128 + stopped.signum
-    return 0
-
-
-def validate(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(VALIDATE_HELP)
-        return 0
-    from sinktrain.training.fit import validate as held_out_loss
-
-    as_json = "--json" in arguments
-    result = held_out_loss(_full_help([argument for argument in arguments if argument != "--json"]))
-    print(json.dumps(result) if as_json else f"held-out loss {result['val/loss']:.4f} nats")
     return 0
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sinktrain.cli.parsing import add_source_options, make_parser, number_of_tokens, text_source
+from sinktrain.cli.printing import print_json
 from sinktrain.errors import ConfigError
 
 
@@ -71,7 +71,7 @@ def prepare(arguments: list[str]) -> int:
 
 def _print_manifest(manifest: Any, folder: Path, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(asdict(manifest)))
+        print_json(asdict(manifest))
         return
     train, val = manifest.splits["train"], manifest.splits["val"]
     print(

@@ -55,8 +55,8 @@ def judge_package(wanted: Requirement, found: str | None) -> Finding:
     Args:
         found: installed version; None where there is none.
     """
-    name = wanted.name
-    install = f"pip install '{name}{wanted.specifier}'"
+    name, versions = wanted.name, _range(wanted.specifier)
+    install = f"pip install '{name}{versions}'"
     if found is None:
         return Finding(name, "bad", "not installed", install)
     if (name, found) in COMPROMISED:
@@ -67,8 +67,13 @@ def judge_package(wanted: Requirement, found: str | None) -> Finding:
             f"{install}, and replace the keys and tokens that this machine holds",
         )
     if not wanted.specifier.contains(found, prereleases=True):
-        return Finding(name, "bad", f"{found}, but sinktrain works with {wanted.specifier}", install)
-    return Finding(name, "ok", f"{found} ({wanted.specifier})")
+        return Finding(name, "bad", f"{found}, but sinktrain works with {versions}", install)
+    return Finding(name, "ok", f"{found} ({versions})")
+
+
+def _range(versions: SpecifierSet) -> str:
+    """``>=2.6.6,<2.7``: the lowest first."""
+    return ",".join(sorted(map(str, versions), reverse=True))
 
 
 def check_compilers() -> list[Finding]:

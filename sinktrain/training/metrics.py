@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -146,7 +147,8 @@ class ProgressBar(LightningProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(_summary(self.metrics.latest), refresh=False)
+            head = len(_HEAD.format(n=trainer.global_step, total=trainer.max_steps))
+            self._bar.set_postfix_str(_summary(self.metrics.latest, self._bar.ncols - head), refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
         elif self._is_enabled and trainer.global_step % cast(Any, trainer).log_every_n_steps == 0:
             self._print_line(trainer)
@@ -173,10 +175,12 @@ class ProgressBar(LightningProgressBar):
 
 
 _BAR = "fit {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+_HEAD = "fit 100%|█| {n}/{total}, 0:00:00 left, "
+"""The least that stands before the metrics."""
 
 
-def _summary(latest: dict[str, float]) -> str:
-    """Such as ``loss 2.913, val 2.950, 551,234 tok/s, mfu 47.5%, 31.2 GiB, 2 skipped``."""
+def _summary(latest: dict[str, float], columns: float = math.inf) -> str:
+    """Such as ``loss 2.913, val 2.950, 551,234 tok/s, mfu 47.5%, 31.2 GiB, 2 skipped``; what fits of it."""
     parts = [
         form.format(latest[name])
         for name, form in {
@@ -191,6 +195,8 @@ def _summary(latest: dict[str, float]) -> str:
         parts.append(f"{latest['memory_bytes'] / 2**30:.1f} GiB")
     if latest.get("skipped_steps"):
         parts.append(f"{latest['skipped_steps']:.0f} skipped")
+    while parts and len(", ".join(parts)) > columns:
+        parts.pop()
     return ", ".join(parts)
 
 
