@@ -58,7 +58,7 @@ def result(tiny: str, seen: Seen) -> dict[str, Any]:
         patch.setattr(training_peers, "find_spec", lambda name: None)
         _watch(patch, seen)
         request = TrainBench(
-            [tiny], seq_len=16, micro_batch=2, global_batch=6, num_rounds=2, use_peers=True, use_sink=True
+            [tiny], seq_len=16, micro_batch=2, global_batch=6, num_rounds=2, use_peers=True, kinds=["token"]
         )
         made = bench_train(request)
     assert made is not None
@@ -110,8 +110,8 @@ def test_there_is_a_row_for_each_way_to_train(result):
     assert [row["name"] for row in result["rows"]] == [
         "sinktrain",
         "sinktrain, bare loop",
-        "sinktrain, sink",
-        "sinktrain, sink, bare loop",
+        "sinktrain, token",
+        "sinktrain, token, bare loop",
         "plain torch",
         "transformers",
         "litgpt",
@@ -135,7 +135,7 @@ def test_speeds_are_tokens_over_the_median_rounds_time(result):
 
 
 def test_what_the_trainer_costs_is_the_median_over_pairs_of_neighbouring_rounds(result):
-    for name in ("sinktrain", "sinktrain, sink"):
+    for name in ("sinktrain", "sinktrain, token"):
         trained, bare = row_of(result, name), row_of(result, f"{name}, bare loop")
         pairs = zip(trained["step_s_rounds"], bare["step_s_rounds"], strict=True)
         assert trained["overhead"] == statistics.median(a / b - 1 for a, b in pairs)
@@ -143,7 +143,7 @@ def test_what_the_trainer_costs_is_the_median_over_pairs_of_neighbouring_rounds(
 
 
 def test_the_trainers_rows_tell_of_loader_skipped_steps_and_compilation(result):
-    for name in ("sinktrain", "sinktrain, sink"):
+    for name in ("sinktrain", "sinktrain, token"):
         row = row_of(result, name)
         assert 0 <= row["data_wait"] < 1
         assert row["skipped_steps"] == 0
@@ -152,7 +152,7 @@ def test_the_trainers_rows_tell_of_loader_skipped_steps_and_compilation(result):
 
 
 def test_contenders_take_turns(result, seen):
-    names = ["sinktrain", "sinktrain, sink", "plain torch", "transformers"]
+    names = ["sinktrain", "sinktrain, token", "plain torch", "transformers"]
     first = [(name, 0) for name in [*names, "litgpt"]]
     assert seen["order"] == first + [(name, 1) for name in names]
 
@@ -327,9 +327,10 @@ def test_sizes_left_out_go_by_device_and_config(tmp_path):
 
 def test_one_of_several_gpus_is_named_to_the_trainer(tmp_path):
     request = TrainBench(["pythia-160m"], torch.device("cuda:1"), torch.bfloat16)
-    typed = workload(request, "pythia-160m", tmp_path).fit_arguments("ours", ["sink"], 12)
-    assert typed[:4] == ["--config", "pythia-160m", "--config", "sink"]
-    settings = dict(zip(typed[4::2], typed[5::2], strict=True))
+    typed = workload(request, "pythia-160m", tmp_path).fit_arguments("ours", ["--model.sink.kind", "zero"], 12)
+    assert typed[:2] == ["--config", "pythia-160m"]
+    settings = dict(zip(typed[2::2], typed[3::2], strict=True))
+    assert settings["--model.sink.kind"] == "zero"
     assert settings["--trainer.devices"] == "[1]"
     assert settings["--trainer.accelerator"] == "gpu"
     assert settings["--trainer.precision"] == "bf16-mixed"
@@ -387,24 +388,22 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, str, s
 def test_the_command_asks_for_what_was_typed(run, monkeypatch):
     asked: list[TrainBench] = []
     monkeypatch.setattr(module, "bench_train", lambda request: asked.append(request) or {"stopped": None})
-    assert run("train --device cpu --json") == (0, '{"stopped": null}\n', "")
+    assert run("train --device cpu --json") == (0, '{\n  "stopped": null\n}\n', "")
     run(
         "train --preset 14m,410m --device cpu --dtype bfloat16 --seq-len 64 --micro-batch 2 --global-batch 8 "
         "--steps 3 --rounds 5 --devices 2 --strategy ddp --json"
     )
-    run("train --peers --sink --device cpu --json")
+    run("train --peers --kinds token,zero --device cpu --json")
     assert asked == [
-        TrainBench(["pythia-160m"], CPU, torch.float32),
-        TrainBench(
-            ["pythia-14m", "pythia-410m"], CPU, torch.bfloat16, 64, 2, 8, 3, 5, False, False, 2, "ddp"
-        ),
-        TrainBench(["pythia-160m"], CPU, torch.float32, use_peers=True, use_sink=True),
+        TrainBench(["pythia-160m"], CPU, torch.float32, kinds=[]),
+        TrainBench(["pythia-14m", "pythia-410m"], CPU, torch.bfloat16, 64, 2, 8, 3, 5, False, [], 2, "ddp"),
+        TrainBench(["pythia-160m"], CPU, torch.float32, use_peers=True, kinds=["token", "zero"]),
     ]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_what_was_measured_before_a_signal_is_told(tiny, monkeypatch, run, signum):
-    """In the second round of ours: the first is told, the sink arm has a note."""
+    """In the second round of ours: the first is told."""
     monkeypatch.setattr(training_contenders, "VOCAB_SIZE", 270)
     our_run = OurTraining.run
 
@@ -451,16 +450,20 @@ MISTAKES = [
     ),
     ("train --seq-len 8", "data.seq_len is 8; use more than 8, which sinks may take"),
     ("train --strategy dpp", '--strategy "dpp" is no overlay; did you mean "ddp"?; there are'),
-    ("train --devices 2 --peers", "--peers and --sink are timed on one device; leave them out with ddp"),
-    ("train --strategy ddp --sink", "--peers and --sink are timed on one device; leave them out with ddp"),
+    ("train --devices 2 --peers", "--peers and --kinds are timed on one device; leave them out with ddp"),
+    (
+        "train --strategy ddp --kinds all",
+        "--peers and --kinds are timed on one device; leave them out with ddp",
+    ),
     ("train --dtype float64", "--dtype float64: training is timed in bfloat16 or float32; use one of them"),
     ("train --device meta", "--device meta: only cpu and cuda are timed; use one of them"),
+    ("train --kinds zeor", 'model.sink.kind "zeor" is not one of gate,'),
     ("train --device cpu:0 --devices 2", "--device cpu:0 is one device; use cpu with ddp"),
     ("train --model x", "--model is for bench decode and evaluate; leave it out here"),
     ("train --layouts 1+7", "--layouts is for bench decode and evaluate; leave it out here"),
     ("train --tokens 9", "--tokens is for bench decode and evaluate; leave it out here"),
     ("train --batch 2", "--batch is for bench decode; leave it out here"),
-    ("decode --sink", "--sink is for bench train; leave it out here"),
+    ("decode --kinds zero", "--kinds is for bench train; leave it out here"),
     ("decode --rounds 2", "--rounds is for bench train; leave it out here"),
     ("evaluate --peers", "--peers is for bench train and decode; leave it out here"),
     ("evaluate --strategy ddp", "--strategy is for bench train; leave it out here"),

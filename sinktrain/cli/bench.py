@@ -35,7 +35,7 @@ Time one thing, with the floor under it or its peers beside it in the same run.
              floating-point operations set, and how much slower token by token would be."""
 
 EXAMPLE = """\
-sinktrain bench train --preset 160m,410m --peers --sink
+sinktrain bench train --preset 160m,410m --peers --kinds token
   sinktrain bench train --preset 160m --devices 2 --strategy ddp
   sinktrain bench decode --preset 14m,160m --layouts 1+1023,1+4095 --batch 1
   sinktrain bench decode --preset 160m --peers --json > bench.json
@@ -128,7 +128,7 @@ def _add_train_options(parser: Parser) -> None:
         ("--rounds", "rounds", "(3)"),
     ):
         group.add_argument(option, type=number_from(1, of=of), default=0, metavar="N", help=told)
-    group.add_argument("--sink", action="store_true", help="time the sink arm too")
+    group.add_argument("--kinds", metavar="K,…", help="time these sink kinds too: token, zero, …, or all")
     group.add_argument("--devices", type=number_from(1, of="devices"), default=1, metavar="N", help="(1)")
     group.add_argument("--strategy", metavar="OVERLAY", help="ddp (with --devices), fsdp, deepspeed-zero1, …")
 
@@ -151,7 +151,7 @@ def _bench_train(options: argparse.Namespace) -> None:
         num_steps=options.steps,
         num_rounds=options.rounds or NUM_ROUNDS,
         use_peers=options.peers,
-        use_sink=options.sink,
+        kinds=_kinds(options.kinds),
         num_devices=options.devices,
         strategy=options.strategy,
     )
@@ -238,7 +238,7 @@ ONLY_FOR = {
     "seq_len": ["train"],
     "steps": ["train"],
     "rounds": ["train"],
-    "sink": ["train"],
+    "kinds": ["train"],
     "devices": ["train"],
     "strategy": ["train"],
 }
@@ -249,6 +249,14 @@ def _presets(options: argparse.Namespace) -> list[str]:
     from sinktrain.experiments.bench import preset_name
 
     return [] if options.model else [preset_name(preset) for preset in (options.preset or "160m").split(",")]
+
+
+def _kinds(typed: str | None) -> list[str]:
+    from sinktrain.model.config import SinkConfig
+    from sinktrain.model.sinks.base import KINDS
+
+    names = sorted(set(KINDS) - {"none"}) if typed == "all" else typed.split(",") if typed else []
+    return [SinkConfig(name).kind for name in names]
 
 
 def _layouts(options: argparse.Namespace) -> list[Layout]:

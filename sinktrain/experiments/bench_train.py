@@ -67,7 +67,7 @@ class TrainBench:
         seq_len, micro_batch, global_batch, num_steps: chosen by device and config when 0.
         num_steps: of each contender in each round.
         use_peers: time the peers too.
-        use_sink: time the sink arm too.
+        kinds: of sinks, whose arms are timed too.
         num_devices: processes of ``strategy``.
         strategy: an overlay's name; ``ddp`` when None and there are several devices.
     """
@@ -81,7 +81,7 @@ class TrainBench:
     num_steps: int = 0
     num_rounds: int = NUM_ROUNDS
     use_peers: bool = False
-    use_sink: bool = False
+    kinds: Sequence[str] = ()
     num_devices: int = 1
     strategy: str | None = None
 
@@ -205,8 +205,8 @@ def _checked(request: TrainBench) -> TrainBench:
             f'--strategy "{strategy}" is no overlay{did_you_mean(strategy, strategies())}; '
             f"there are {', '.join(strategies())}"
         )
-    if strategy is not None and (request.use_peers or request.use_sink):
-        raise ConfigError(f"--peers and --sink are timed on one device; leave them out with {strategy}")
+    if strategy is not None and (request.use_peers or request.kinds):
+        raise ConfigError(f"--peers and --kinds are timed on one device; leave them out with {strategy}")
     if strategy is not None and request.device.index is not None:
         raise ConfigError(
             f"--device {request.device} is one device; use {request.device.type} with {strategy}"
@@ -320,8 +320,8 @@ def _on_shards(request: TrainBench, config: str) -> Iterator[Workload]:
 
 
 def _others(work: Workload, request: TrainBench, ours: OurTraining) -> Iterator[Contender]:
-    if request.use_sink:
-        yield OurTraining(work, f"{OURS}, sink", ["sink"], is_profiled=False)
+    for kind in request.kinds:
+        yield OurTraining(work, f"{OURS}, {kind}", ["--model.sink.kind", kind], is_profiled=False)
     for peer in PEERS if request.use_peers else ():
         yield PeerTraining(work, peer, ours)
 

@@ -93,9 +93,9 @@ class Workload:
             "global_batch": self.global_batch,
         }
 
-    def fit_arguments(self, name: str, overlays: Sequence[str], max_steps: int) -> list[str]:
+    def fit_arguments(self, name: str, options: Sequence[str], max_steps: int) -> list[str]:
         """The command line of ``sinktrain fit`` that this is; the learning rate stays where it begins."""
-        configs = [self.config, *overlays, *([self.strategy] if self.strategy else [])]
+        configs = [self.config, *([self.strategy] if self.strategy else [])]
         index = self.device.index or 0
         settings = {
             "run": self.folder / name,
@@ -115,7 +115,8 @@ class Workload:
             "checkpoint.every_n_steps": 10**9,
         }
         typed = [word for config in configs for word in ("--config", config)]
-        return typed + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        typed += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return [*typed, *options]
 
 
 @dataclass
@@ -200,7 +201,7 @@ class OurTraining(Contender):
 
     Args:
         name: of its row and its run folder.
-        overlays: configs besides the workload's.
+        options: of ``sinktrain fit`` besides the workload's.
         times_checkpoint: time one ``Checkpoints.begin`` at the end.
         is_profiled: take the time by part at the end.
     """
@@ -209,7 +210,7 @@ class OurTraining(Contender):
         self,
         work: Workload,
         name: str,
-        overlays: Sequence[str] = (),
+        options: Sequence[str] = (),
         times_checkpoint: bool = False,
         is_profiled: bool = True,
     ) -> None:
@@ -218,7 +219,7 @@ class OurTraining(Contender):
         self.is_profiled = is_profiled
         self.rounds_at_once = work.num_rounds if work.strategy else 1
         max_steps = work.warm_up + self.rounds_at_once * work.num_steps
-        self.cli = TrainingCLI(work.fit_arguments(name, overlays, max_steps))
+        self.cli = TrainingCLI(work.fit_arguments(name, options, max_steps))
         self.trained, self.bare = Record(name), Record(f"{name}, bare loop")
         self.records = [self.trained, self.bare]
 
