@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from test_fit import assert_same_state, checkpoint, measured, rows
 from tiny_models import random_tokens, tiny_model
 from tiny_shards import SEQ_LEN, tiny_run
@@ -25,9 +25,11 @@ from sinktrain.experiments import emergence
 from sinktrain.experiments.emergence import StreamingGaps, measure_emergence, streaming_gaps
 from sinktrain.model.checkpoints import load_model
 from sinktrain.model.config import SinkConfig
+from sinktrain.model.sinks.base import KINDS
 from sinktrain.streaming.blockwise import stream_loss
 from sinktrain.streaming.layout import Layout
 from sinktrain.training.fit import fit
+from sinktrain.training.fsdp import FSDP2Strategy
 from sinktrain.training.metrics import Metrics
 from sinktrain.training.metrics_table import COLUMNS, MetricsTable
 from sinktrain.training.module import Pretraining
@@ -104,18 +106,20 @@ def test_losses_and_gap_equal_those_streamed_one_by_one(num_sinks: int) -> None:
     assert found["stream/gap"] == pytest.approx(gap, abs=1e-5)
 
 
-@pytest.mark.parametrize("num_sinks", [0, 1])
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_sink_metrics_are_those_of_the_own_sink_and_of_the_first_token_of_the_text(
-    num_sinks: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a lower bar than 0.3, which no head of random weights reaches."""
     monkeypatch.setattr(emergence, "METRIC_EPS", 0.02)
-    model = tiny_model(sink=SinkConfig("token", 1, (90,)) if num_sinks else None, seed=3)
+    model = tiny_model(sink=SinkConfig(kind, 1, (90,) if kind == "token" else ()), seed=3)
     tokens = random_tokens(80, 1, 64 * 5 + 9)[0].numpy()
     found = measure_emergence(model, tokens, [Layout(0, 12)])
     expected = sink_metric(model, tokens[: 64 * 5].reshape(5, 64), seq_len=64, eps=0.02)
-    assert found["sink/metric"] == expected[0] > 0
-    assert found["sink/metric_first"] == expected[num_sinks]
+    assert found["sink/metric"] == expected.by_position[0] > 0
+    assert found["sink/metric_first"] == expected.by_position[len(model.sink_ids)]
+    assert found.get("sink/metric_null") == expected.null
+    assert (expected.null is not None) == (model.gpt_neox.layers[0].attention.sink.null_slot() is not None)
 
 
 def test_gap_is_of_the_largest_layouts_that_have_both_and_absent_without() -> None:
@@ -318,10 +322,10 @@ def test_sharded_strategy_is_told_and_not_measured(
 ) -> None:
     for rank in (0, 1):
         a_callback(shards, tmp_path).on_train_start(
-            a_trainer(FSDPStrategy(), rank), Pretraining.__new__(Pretraining)
+            a_trainer(FSDP2Strategy(), rank), Pretraining.__new__(Pretraining)
         )
     told = capsys.readouterr().err
-    assert told == "streaming is not measured under FSDPStrategy, which leaves no device a whole network\n"
+    assert told == "streaming is not measured under FSDP2Strategy, which leaves no device a whole network\n"
     assert not (tmp_path / "metrics.csv").exists()
 
 

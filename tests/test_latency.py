@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_kind import every_kind
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import TINY, tiny_model
@@ -167,7 +168,16 @@ def test_recompute_runs_the_newest_n_tokens_through_the_model_for_each_token(mod
     assert lengths == [8] * 8 + [16] * 8 + [16] * 8  # positions 8, 16 and 64
 
 
-def test_a_recomputed_token_has_the_logits_of_the_dense_model(model):
+@every_kind
+def test_streams_of_every_kind_are_timed(which):
+    rows = latency(tiny_model(**which, dtype=torch.float32), LAYOUTS[1:2], POLICIES, max_stream_len=16)
+    assert {row["policy"] for row in rows} == set(POLICIES)
+    assert {row["cache_bytes"] for row in of(rows, "streaming")} == {16 * BYTES_PER_TOKEN}
+
+
+@every_kind
+def test_a_recomputed_token_has_the_logits_of_the_dense_model(which):
+    model = tiny_model(**which, dtype=torch.float32)
     stream = module._recompute(model, Layout(1, 15), 40)
     expected = model(module._random_tokens(model, 16))[:, -1]
     torch.testing.assert_close(stream.step(), expected, rtol=0, atol=1e-5)

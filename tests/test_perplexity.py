@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from every_kind import every_kind
 from numpy.typing import NDArray
 from oracles import dense_forward, random_tokens, rotate_everything_stream, tiny_model
 
@@ -33,7 +35,7 @@ STREAMS = random_tokens(2, 3 * SLOTS + 5).numpy()
 Floats = NDArray[np.float64]
 
 
-def losses_of(logits: Callable[[torch.Tensor], torch.Tensor], sinks: tuple[int, ...]) -> Floats:
+def losses_of(logits: Callable[[torch.Tensor], torch.Tensor], sinks: Sequence[int]) -> Floats:
     """Losses of all text tokens but the first, from the logits of the whole stream with its sinks."""
     tokens = torch.cat((torch.tensor([sinks] * len(STREAMS)).long(), torch.from_numpy(STREAMS)), dim=1)
     log_probabilities = logits(tokens).log_softmax(dim=-1)[:, :-1]
@@ -50,34 +52,35 @@ def decode(model: GPTNeoX, layout: Layout) -> Callable[[torch.Tensor], torch.Ten
     return lambda tokens: torch.stack([decoder.step(column) for column in tokens.T], dim=1)
 
 
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
-def test_streaming_rows_equal_decoding_token_by_token(sinks: tuple[int, ...]) -> None:
-    model = tiny_model(sinks=sinks)
+@every_kind
+def test_streaming_rows_equal_decoding_token_by_token(which: dict[str, Any]) -> None:
+    model = tiny_model(**which)
     rows = measured(model, settings_for(("streaming",), LAYOUTS, 0))
     assert [row.setting.layout for row in rows] == LAYOUTS
     for row in rows:
-        expected = losses_of(decode(model, row.setting.layout), sinks)
+        expected = losses_of(decode(model, row.setting.layout), model.sink_ids)
         np.testing.assert_allclose(row.losses[:, 1:], expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
-def test_streaming_rows_equal_the_authors_algorithm(sinks: tuple[int, ...]) -> None:
-    model = tiny_model(sinks=sinks)
+@every_kind
+def test_streaming_rows_equal_the_authors_algorithm(which: dict[str, Any]) -> None:
+    model = tiny_model(**which)
     for row in measured(model, settings_for(("streaming",), LAYOUTS, 0)):
         layout = row.setting.layout
         expected = losses_of(
-            lambda tokens, at=layout: rotate_everything_stream(model, tokens, at.sinks, at.window), sinks
+            lambda tokens, at=layout: rotate_everything_stream(model, tokens, at.sinks, at.window),
+            model.sink_ids,
         )
         np.testing.assert_allclose(row.losses[:, 1:], expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
-def test_dense_equals_the_plain_causal_forward(sinks: tuple[int, ...]) -> None:
-    model = tiny_model(sinks=sinks)
-    settings = settings_for(("dense",), LAYOUTS, STREAMS.shape[1] + len(sinks))
+@every_kind
+def test_dense_equals_the_plain_causal_forward(which: dict[str, Any]) -> None:
+    model = tiny_model(**which)
+    settings = settings_for(("dense",), LAYOUTS, STREAMS.shape[1] + len(model.sink_ids))
     (row,) = measured(model, settings)
-    np.testing.assert_allclose(row.losses[:, 1:], losses_of(model, sinks), rtol=0, atol=1e-10)
-    by_hand = losses_of(lambda tokens: dense_forward(model, tokens), sinks)
+    np.testing.assert_allclose(row.losses[:, 1:], losses_of(model, model.sink_ids), rtol=0, atol=1e-10)
+    by_hand = losses_of(lambda tokens: dense_forward(model, tokens), model.sink_ids)
     np.testing.assert_allclose(row.losses[:, 1:], by_hand, rtol=0, atol=1e-10)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from every_kind import every_kind
 from numpy.typing import NDArray
 from oracles import random_tokens, tiny_model
 
@@ -16,7 +19,6 @@ from sinktrain.model.neox import GPTNeoX
 from sinktrain.streaming.blockwise import stream_loss
 
 SLOTS = 8
-SINKS = [(), (90,), (90, 91)]
 STREAMS = random_tokens(2, 3 * SLOTS + 5).numpy()
 ALL = STREAMS.size
 
@@ -35,16 +37,17 @@ def one_by_one(model: GPTNeoX, streams: NDArray[np.int64], num_slots: int, first
 
 
 @pytest.mark.parametrize("first_scored", [1, SLOTS])
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
-def test_recompute_equals_a_plain_forward_per_token(sinks: tuple[int, ...], first_scored: int) -> None:
-    model = tiny_model(sinks=sinks)
+@every_kind
+def test_recompute_equals_a_plain_forward_per_token(which: dict[str, Any], first_scored: int) -> None:
+    model = tiny_model(**which)
     losses = recompute_losses(model, STREAMS, SLOTS, first_scored, ALL)
     np.testing.assert_allclose(losses, one_by_one(model, STREAMS, SLOTS, first_scored), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
-def test_a_window_of_one_text_token_still_predicts(sinks: tuple[int, ...]) -> None:
-    model, num_slots = tiny_model(sinks=sinks), len(sinks) + 1
+@every_kind
+def test_a_window_of_one_text_token_still_predicts(which: dict[str, Any]) -> None:
+    model = tiny_model(**which)
+    num_slots = len(model.sink_ids) + 1
     losses = recompute_losses(model, STREAMS, num_slots, 1, ALL)
     np.testing.assert_allclose(losses, one_by_one(model, STREAMS, num_slots, 1), rtol=0, atol=1e-12)
 
@@ -57,14 +60,15 @@ def test_batches_of_any_size_give_the_same_losses(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose(recompute_losses(model, STREAMS, SLOTS, 1, ALL), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
+@every_kind
 def test_where_the_stream_fits_into_the_window_recompute_dense_and_streaming_are_one(
-    sinks: tuple[int, ...],
+    which: dict[str, Any],
 ) -> None:
-    model, num_sinks = tiny_model(sinks=sinks), len(sinks)
+    model = tiny_model(**which)
+    num_sinks = len(model.sink_ids)
     num_slots = num_sinks + STREAMS.shape[1] + 3
     losses = recompute_losses(model, STREAMS, num_slots, 1, ALL)[:, 1:]
-    front = torch.tensor([sinks] * len(STREAMS), dtype=torch.int64)
+    front = torch.tensor([model.sink_ids] * len(STREAMS), dtype=torch.int64)
     tokens = torch.cat((front, torch.from_numpy(STREAMS)), dim=1)
     dense = model(tokens).log_softmax(dim=-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
     streaming = stream_loss(model, tokens, max(1, num_sinks), num_slots - max(1, num_sinks))

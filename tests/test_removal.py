@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every_kind import every_kind
 from known_models import LOSS_WITH_SINK, LOSS_WITHOUT_SINK, RARE, sink_seeker
 from numpy.typing import NDArray
 from oracles import dense_forward, gathered_stream, random_tokens, tiny_model
@@ -23,7 +24,6 @@ LENGTH = 24
 NEWLINE = 7
 LAYOUTS = [Layout(sinks, 12 - sinks) for sinks in (0, 1, 2, 4)] + [Layout(1, 5), Layout(4, 2)]
 FIRST_SCORED = 12
-SINKS = [(), (90,), (90, 91)]
 STREAMS = random_tokens(3, 60).numpy()
 
 Floats = NDArray[np.float64]
@@ -84,12 +84,13 @@ def test_a_model_that_any_first_token_serves_loses_nothing() -> None:
 # -- slow twins -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
-def test_removed_equals_the_plain_forward_with_and_without_first_tokens(sinks: tuple[int, ...]) -> None:
-    model = tiny_model(sinks=sinks, max_position_embeddings=LENGTH)
-    windows = STREAMS[:, : 2 * LENGTH].reshape(-1, LENGTH)[:, : LENGTH - len(sinks)]
+@every_kind
+def test_removed_equals_the_plain_forward_with_and_without_first_tokens(which: dict[str, Any]) -> None:
+    model = tiny_model(**which, max_position_embeddings=LENGTH)
+    windows = STREAMS[:, : 2 * LENGTH].reshape(-1, LENGTH)[:, : LENGTH - len(model.sink_ids)]
     tokens = with_front(model, windows)
-    shorter = tokens[:, max(1, len(sinks)) :]
+    num_removed = max(1, len(model.sink_ids))
+    shorter = tokens[:, num_removed:]
     num_scored = windows.shape[1] - 8
     as_it_is = last_losses(dense_forward(model, tokens), tokens, num_scored)
     changed = last_losses(dense_forward(model, shorter), shorter, num_scored)
@@ -100,16 +101,16 @@ def test_removed_equals_the_plain_forward_with_and_without_first_tokens(sinks: t
     assert row["ci95"][0] < row["delta_nats"] < row["ci95"][1]
     assert abs(row["delta_nats"]) > 1e-4
     assert (row["policy"], row["sinks"], row["window"]) == ("dense", 0, LENGTH)
-    assert (row["num_tokens"], row["tokens_scored"]) == (max(1, len(sinks)), windows.shape[0] * num_scored)
+    assert (row["num_tokens"], row["tokens_scored"]) == (num_removed, windows.shape[0] * num_scored)
 
 
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
-def test_replaced_equals_the_authors_algorithm_on_a_stream_with_line_breaks(sinks: tuple[int, ...]) -> None:
-    model = tiny_model(sinks=sinks, max_position_embeddings=LENGTH)
+@every_kind
+def test_replaced_equals_the_authors_algorithm_on_a_stream_with_line_breaks(which: dict[str, Any]) -> None:
+    model = tiny_model(**which, max_position_embeddings=LENGTH)
     tokens = with_front(model, STREAMS)
     num_scored = STREAMS.shape[1] - FIRST_SCORED
     rows = only(removal_rows(model, STREAMS, LAYOUTS, [NEWLINE, 8]), "replaced")
-    needed = max(1, len(sinks))
+    needed = max(1, len(model.sink_ids))
     expected_layouts = [layout for layout in LAYOUTS if layout.sinks in (needed, 4)]
     assert [Layout(row["sinks"], row["window"]) for row in rows] == expected_layouts
     for row in rows:
@@ -139,8 +140,8 @@ def test_replaced_as_it_is_equals_the_table() -> None:
 # -- what is read and scored ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sinks", SINKS, ids=str)
-def test_both_readings_score_the_same_tokens(monkeypatch: pytest.MonkeyPatch, sinks: tuple[int, ...]) -> None:
+@every_kind
+def test_both_readings_score_the_same_tokens(monkeypatch: pytest.MonkeyPatch, which: dict[str, Any]) -> None:
     read: list[torch.Tensor] = []
 
     def reading(model: GPTNeoX, tokens: torch.Tensor, *layout: int, require_sink: bool) -> torch.Tensor:
@@ -148,7 +149,7 @@ def test_both_readings_score_the_same_tokens(monkeypatch: pytest.MonkeyPatch, si
         return torch.zeros(tokens.shape[0], tokens.shape[1] - 1) + len(read)
 
     monkeypatch.setattr(removal_module, "stream_loss", reading)
-    model = tiny_model(sinks=sinks, max_position_embeddings=LENGTH)
+    model = tiny_model(**which, max_position_embeddings=LENGTH)
     rows = removal_rows(model, STREAMS, LAYOUTS, [NEWLINE])
     assert len(read) == 2 * len(rows)
     for row, as_it_is, changed in zip(rows, read[::2], read[1::2], strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from every_kind import every_kind
 from oracles import tiny_model
 from tokenizers import models
 
@@ -85,9 +86,9 @@ def decoded_stream(
     return stream[len(model.sink_ids) :], answers, is_right
 
 
-@pytest.mark.parametrize("num_sinks", [0, 2])
-def test_answers_are_right_where_greedy_decoding_token_by_token_gives_them(num_sinks: int) -> None:
-    model = tiny_model(sinks=(90, 91)[:num_sinks])
+@every_kind
+def test_answers_are_right_where_greedy_decoding_token_by_token_gives_them(which: dict[str, Any]) -> None:
+    model = tiny_model(**which)
     model.embed_out.weight[90:92] *= 10  # a sink would often be the most probable token, were that allowed
     for layout in (Layout(0, 8), Layout(2, 6), Layout(4, 4)):
         made = [decoded_stream(model, layout, np.random.default_rng((0, number))) for number in range(2)]

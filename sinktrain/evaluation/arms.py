@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from sinktrain import __version__
 from sinktrain.errors import ModelError, StreamError
 from sinktrain.evaluation.latency import latency
 from sinktrain.evaluation.perplexity import Measured, Setting, dense_bytes, measure, settings_for
+from sinktrain.evaluation.quantized import Quantization
+from sinktrain.evaluation.quantizers import SCHEMES
 from sinktrain.evaluation.removal import removal_rows
 from sinktrain.evaluation.store import Store
 from sinktrain.evaluation.streameval import streameval
@@ -27,6 +29,7 @@ from sinktrain.evaluation.timing import free_bytes
 from sinktrain.evaluation.verify import verify
 from sinktrain.model.checkpoints import ModelSource, load_model
 from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.sinks.base import KINDS
 from sinktrain.progress import progress_bar
 from sinktrain.streaming.decoder import fingerprint
 from sinktrain.streaming.layout import VANILLA_SINKS, Layout
@@ -47,6 +50,7 @@ class Plan:
         verify_tokens: that the decoder is stepped over to check the blockwise evaluation; 0 for none.
         device, dtype: where and in what the models run.
         out: measurements are kept in its folder ``measured``.
+        schemes: of ``quantizers.SCHEMES``.
     """
 
     layouts: list[Layout]
@@ -57,6 +61,7 @@ class Plan:
     device: str
     dtype: torch.dtype
     out: Path
+    schemes: tuple[str, ...] = ()
 
     @property
     def first_scored(self) -> int:
@@ -142,6 +147,7 @@ def _facts(source: ModelSource, model: GPTNeoX, text: Streams) -> Row:
         "source": source.source,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sink": model.config.sink.to_dict(),
+        "sink_about": KINDS[model.config.sink.kind].about,
         "tokens_seen": source.tokens_seen,
         "seed": source.seed,
         "arm": source.arm,
@@ -229,6 +235,8 @@ def _probed(
             f"{'-'.join(questions)}-{layouts}-{tokenizer.sha256[:16]}",
             lambda: streameval(model, tokenizer, plan.layouts, questions),
         )
+    if plan.schemes:
+        rows["quantized"] = [row for text in texts for row in _quantized(source, text, plan, store)]
     if "latency" in plan.tasks:  # of this machine, now: never taken from another time
         rows["latency"] = latency(model, plan.layouts, plan.policies)
     if plan.verify_tokens:
@@ -242,6 +250,21 @@ def _probed(
 def _telemetry(model: GPTNeoX, source: ModelSource, text: Streams) -> dict[str, list[Row]]:
     trained_length = model.config.network.max_position_embeddings
     return asdict(telemetry(model, text.tokens, trained_length, source.seed or 0))
+
+
+def _quantized(source: ModelSource, text: Streams, plan: Plan, store: Store) -> list[Row]:
+    """One scheme after the other, in float32 where the plan has half precision."""
+    dtype = plan.dtype if plan.dtype == torch.float64 else torch.float32
+    num_slots = plan.first_scored
+    study = Quantization(lambda: load_model(source.source, plan.device, dtype), text.tokens, num_slots)
+    rows: list[Row] = []
+    with progress_bar(total=len(plan.schemes), desc=f"{source.name} quantised", unit="scheme") as bar:
+        for name in plan.schemes:
+            measured = partial(study.rows, SCHEMES[name])
+            kept = store.rows(f"quantized-{name}-{num_slots}-{text.digest}", measured)
+            rows += [{"text": text.name} | row for row in kept]
+            bar.update()
+    return rows
 
 
 def _removing(model: GPTNeoX, text: Streams, plan: Plan) -> Callable[[], list[Row]]:

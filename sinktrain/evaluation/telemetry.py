@@ -9,25 +9,33 @@ Axes: text, batch, layer, head, seq, hidden. Positions count a model's own sinks
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sinktrain.errors import ModelError
 from sinktrain.evaluation.pieces import cut_pieces
-from sinktrain.evaluation.sink_metric import NUM_POSITIONS, observe_texts, sink_metric
+from sinktrain.evaluation.sink_metric import (
+    NUM_POSITIONS,
+    Observed,
+    hearing,
+    observe_texts,
+    sink_metric,
+)
 from sinktrain.model.checkpoints import empty_model
 from sinktrain.model.init import initialize
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.rotary import angle_dtype
 
 Row = dict[str, Any]
+
+NULL_POSITION = -1
+"""The null slot's in rows of ``sink_metric``: it lies right in front of the first token."""
 
 METRIC_EPS = 0.3
 METRIC_SEQ_LEN = 64
@@ -45,7 +53,7 @@ class Telemetry:
     """Rows of the lists of the same name in ``results.json``, without their model.
 
     Args:
-        sink_metric: by position, as ``sink_metric`` gives it.
+        sink_metric: by position, as ``sink_metric`` gives it; the null slot's first, if there is one.
         sink_attention: by layer and head; see ``_attention_rows``.
         norms: by layer, from the embedding (0) to what the last norm reads; see ``_hidden_statistics``.
     """
@@ -95,7 +103,7 @@ def _look_into(model: GPTNeoX, weights: str, texts: NDArray[np.int64], trained_l
     for_metric = cut_pieces(texts, min(METRIC_SEQ_LEN, longest), METRIC_SEQUENCES)
     pieces = cut_pieces(texts, longest, NUM_SEQUENCES)
     attention, hidden = _AttentionSums(model, longest), _HiddenSums(model)
-    with _hearing(model, hidden):
+    with hearing([*model.gpt_neox.layers, model.gpt_neox.final_layer_norm], hidden):
         observe_texts(model, pieces, longest, attention)
     facts = {"weights": weights, "seq_len": longest, "num_sequences": len(pieces)}
     found = Telemetry(
@@ -109,6 +117,9 @@ def _look_into(model: GPTNeoX, weights: str, texts: NDArray[np.int64], trained_l
 
 def _metric_rows(model: GPTNeoX, weights: str, pieces: NDArray[np.int64]) -> list[Row]:
     num_sequences, seq_len = pieces.shape
+    metric = sink_metric(model, pieces, seq_len, METRIC_EPS)
+    values = [] if metric.null is None else [(NULL_POSITION, metric.null)]
+    values += enumerate(metric.by_position.tolist())
     return [
         {
             "weights": weights,
@@ -116,10 +127,10 @@ def _metric_rows(model: GPTNeoX, weights: str, pieces: NDArray[np.int64]) -> lis
             "seq_len": seq_len,
             "num_sequences": num_sequences,
             "position": position,
-            "is_sink": position < len(model.sink_ids),
+            "is_sink": 0 <= position < len(model.sink_ids),
             "value": value,
         }
-        for position, value in enumerate(sink_metric(model, pieces, seq_len, METRIC_EPS).tolist())
+        for position, value in values
     ]
 
 
@@ -127,17 +138,22 @@ def _metric_rows(model: GPTNeoX, weights: str, pieces: NDArray[np.int64]) -> lis
 
 
 class _AttentionSums:
-    """Importance of each position and how small its first value is, summed over sequences."""
+    """Importance of each position, null mass and how small the first value is, summed over sequences."""
 
     def __init__(self, model: GPTNeoX, seq_len: int) -> None:
         shape = (model.config.network.num_hidden_layers, model.config.network.num_attention_heads)
         self.importance = torch.zeros(*shape, seq_len, dtype=torch.float64, device=model.device)
+        self.null_mass = torch.zeros(*shape, dtype=torch.float64, device=model.device)
+        self.is_proxy = False
         self.value_norm_ratio = torch.zeros(*shape, dtype=torch.float64, device=model.device)
 
-    def __call__(self, layer: int, importance: Tensor, values: Tensor) -> None:
-        self.importance[layer] += importance.sum(dim=0)
-        norms = values.to(angle_dtype(values.dtype)).norm(dim=-1)
-        self.value_norm_ratio[layer] += (norms[..., 0] / norms.mean(dim=-1)).sum(dim=0)
+    def __call__(self, seen: Observed) -> None:
+        self.importance[seen.layer] += seen.importance.sum(dim=0)
+        if seen.null_mass is not None:
+            self.null_mass[seen.layer] += seen.null_mass.sum(dim=0)
+            self.is_proxy = seen.is_proxy
+        norms = seen.values.to(angle_dtype(seen.values.dtype)).norm(dim=-1)
+        self.value_norm_ratio[seen.layer] += (norms[..., 0] / norms.mean(dim=-1)).sum(dim=0)
 
 
 def _attention_rows(model: GPTNeoX, sums: _AttentionSums, num_sequences: int) -> Iterator[Row]:
@@ -147,10 +163,12 @@ def _attention_rows(model: GPTNeoX, sums: _AttentionSums, num_sequences: int) ->
     over sequences; ``sink_mass`` its sum over own sinks (with more than one it can exceed 1 by 1 / seq_len,
     because the first rows see only some of them). The top positions are chosen among those that half of
     the rows can see: later ones are seen by their neighbours alone. ``value_norm_ratio`` is
-    ||v_0|| / mean_j ||v_j|| (Guo et al., arXiv 2410.13835). Softmax leaves no ``null_mass``; a kind with a
-    null output would sum ``1 - weights.sum(-1)`` beside the importance.
+    ||v_0|| / mean_j ||v_j|| (Guo et al., arXiv 2410.13835). ``null_mass`` is the mean over rows of what the
+    weights on tokens leave to the null slot, 0 without one. A kind that scales what heads put out has the
+    weights of softmax; 1 - its mean scale stands there as a proxy, and ``null_mass_is_proxy`` says so.
     """
     importance = (sums.importance / num_sequences).cpu().numpy()
+    null_mass = (sums.null_mass / num_sequences).cpu().numpy()
     ratios = (sums.value_norm_ratio / num_sequences).cpu().numpy()
     num_sinks = len(model.sink_ids)
     num_eligible = importance.shape[-1] // 2 + 1
@@ -162,7 +180,8 @@ def _attention_rows(model: GPTNeoX, sums: _AttentionSums, num_sequences: int) ->
             "head": head,
             "mass": received[:NUM_POSITIONS].tolist(),
             "sink_mass": float(received[:num_sinks].sum()) if num_sinks else None,
-            "null_mass": 0.0,
+            "null_mass": float(null_mass[layer, head]),
+            "null_mass_is_proxy": sums.is_proxy,
             "top_positions": top.tolist(),
             "top_mass": received[top].tolist(),
             "value_norm_ratio": float(ratios[layer, head]),
@@ -228,22 +247,6 @@ def _kurtosis(entries: Tensor) -> Tensor:
 def _norm_rows(sums: _HiddenSums, num_sequences: int) -> Iterator[Row]:
     for layer, by_name in enumerate(sums.by_layer):
         yield {"layer": layer} | {name: float(total) / num_sequences for name, total in by_name.items()}
-
-
-@contextmanager
-def _hearing(model: GPTNeoX, hear: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While it lasts, tell ``hear(layer, float[batch, seq, hidden])`` what layers and the last norm read."""
-
-    def told(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, inputs: hear(layer, inputs[0])
-
-    readers = [*model.gpt_neox.layers, model.gpt_neox.final_layer_norm]
-    handles = [reader.register_forward_pre_hook(told(layer)) for layer, reader in enumerate(readers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check_finite(found: Telemetry) -> None:

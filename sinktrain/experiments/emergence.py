@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -32,10 +31,10 @@ from sinktrain.streaming.layout import Layout, default_layouts, parse_layouts
 from sinktrain.training.metrics import Metrics
 from sinktrain.training.module import Pretraining
 from sinktrain.training.settings import StreamingSettings, TrainingCLI
+from sinktrain.training.sharding import is_sharded
 
 MAX_TOKENS = 8192
 MAX_TIME_SHARE = 0.01
-SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 def streaming_gaps(cli: TrainingCLI, metrics: Metrics) -> list[Callback]:
@@ -84,7 +83,7 @@ class StreamingGaps(Callback):
         self._ended_at = 0.0  # of the newest measurement; a process's first one is slow, and warms up
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._is_off = not trainer.is_global_zero or isinstance(trainer.strategy, SHARDED)
+        self._is_off = not trainer.is_global_zero or is_sharded(trainer.strategy)
         if trainer.is_global_zero and self._is_off:
             _say(
                 f"streaming is not measured under {type(trainer.strategy).__name__}, "
@@ -146,6 +145,7 @@ def measure_emergence(model: GPTNeoX, tokens: NDArray[np.int64], layouts: list[L
         model; of the largest N that both are there for.
         ``sink/metric``: share of heads whose mean attention on position 0 exceeds 0.3.
         ``sink/metric_first``: the same on the first token of the text.
+        ``sink/metric_null``: the same on the null slot, of a model that has one.
     """
     num_sinks = len(model.sink_ids)
     first_scored = max(layout.num_slots for layout in layouts)
@@ -162,10 +162,12 @@ def measure_emergence(model: GPTNeoX, tokens: NDArray[np.int64], layouts: list[L
     seq_len = min(METRIC_SEQ_LEN, model.config.network.max_position_embeddings, len(tokens))
     seq_len = max(seq_len, NUM_POSITIONS + num_sinks)
     pieces = cut_pieces(tokens[None], seq_len, METRIC_SEQUENCES)
-    by_position = sink_metric(model, pieces, seq_len, METRIC_EPS)
-    found["sink/metric"] = float(by_position[0])
+    metric = sink_metric(model, pieces, seq_len, METRIC_EPS)
+    found["sink/metric"] = float(metric.by_position[0])
     if num_sinks < NUM_POSITIONS:
-        found["sink/metric_first"] = float(by_position[num_sinks])
+        found["sink/metric_first"] = float(metric.by_position[num_sinks])
+    if metric.null is not None:
+        found["sink/metric_null"] = metric.null
     return found
 
 

@@ -61,7 +61,7 @@ def _initialize_sinks(model: GPTNeoX, seed: int) -> None:
     kind = KINDS[model.config.sink.kind]
     for layer in model.gpt_neox.layers:
         assert isinstance(layer, Layer)
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # a linear layer draws by itself
             drawn = kind(network.hidden_size, network.num_attention_heads)
         drawn.initialize(generator, small_init_std(network))
         layer.attention.sink.load_state_dict(drawn.state_dict())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sinktrain.errors import StreamError
-from sinktrain.model.config import ModelConfig
+
+if TYPE_CHECKING:  # which needs torch, and a report does without
+    from sinktrain.model.config import ModelConfig
 
 SMALLEST_ROW = 6  # its 4+(N-4) keeps more than the current token
 VANILLA_SINKS = 4
