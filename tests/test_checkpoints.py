@@ -31,19 +31,30 @@ from sinktrain.model.checkpoints import (
     require_tokenizer,
 )
 from sinktrain.model.config import PYTHIA, ModelConfig, SinkConfig
+from sinktrain.model.init import initialize
 from sinktrain.model.neox import GPTNeoX
-from sinktrain.model.transformers_format import from_transformers_config, to_transformers_config
+from sinktrain.model.sinks.base import KINDS
+from sinktrain.model.transformers_format import (
+    from_transformers_config,
+    to_transformers_config,
+    to_transformers_weights,
+)
 
 Weights = dict[str, torch.Tensor]
+SINKS = [SinkConfig(kind, 1, (90,) if KINDS[kind].has_tokens else ()) for kind in sorted(KINDS)]
+PREFIX_SINKS = [sink for sink in SINKS if KINDS[sink.kind].loads_as == "prefix"]
+
+
+def kind_and_count(sink: SinkConfig) -> str:
+    return f"{sink.kind} {sink.count}"
 
 
 def write_folder(model: GPTNeoX, folder: Path, rename: Callable[[str], str] = str) -> Path:
     """A transformers folder, written without transformers."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(to_transformers_config(model.config, None, 0)))
-    save_file(
-        {rename(name): weight for name, weight in model.state_dict().items()}, folder / "model.safetensors"
-    )
+    for file, weights in to_transformers_weights(model).items():
+        save_file({rename(name): weight for name, weight in weights.items()}, folder / file)
     return folder
 
 
@@ -64,9 +75,7 @@ def assert_same_weights(model: GPTNeoX, expected: GPTNeoX) -> None:
         assert torch.equal(ours[name], weight.to(ours[name].dtype)), name
 
 
-@pytest.mark.parametrize(
-    "sink", [SinkConfig(), SinkConfig("token", 2, (90, 91))], ids=["vanilla", "two sinks"]
-)
+@pytest.mark.parametrize("sink", [*SINKS, SinkConfig("token", 2, (90, 91))], ids=kind_and_count)
 def test_run_checkpoint_and_folder_give_the_same_model(tmp_path: Path, sink: SinkConfig) -> None:
     model = tiny_model(sink=sink, rotary_pct=1.0, use_parallel_residual=False, attention_bias=False)
     run = write_run(model, tmp_path / "run")
@@ -78,6 +87,29 @@ def test_run_checkpoint_and_folder_give_the_same_model(tmp_path: Path, sink: Sin
         assert loaded.sink_ids == list(sink.token_ids)
         assert_same_weights(loaded, model)
         assert torch.equal(loaded(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("sink", SINKS, ids=kind_and_count)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_kind_starts_with_survives_a_checkpoint(
+    tmp_path: Path, sink: SinkConfig, dtype: torch.dtype
+) -> None:
+    model = tiny_model(sink=sink).to(dtype)
+    initialize(model, seed=3)
+    loaded = load_model(write_run(model, tmp_path / "run"), dtype=dtype)
+    assert loaded.config == model.config
+    assert_same_weights(loaded, model)
+    assert torch.equal(loaded(random_tokens(97)), model(random_tokens(97)))
+
+
+@pytest.mark.parametrize("sink", PREFIX_SINKS, ids=kind_and_count)
+def test_folder_that_lost_its_prefix_cache_says_what_it_lacks(tmp_path: Path, sink: SinkConfig) -> None:
+    """As transformers leaves it that saves such a model again."""
+    folder = write_folder(tiny_model(sink=sink), tmp_path / "folder")
+    (folder / "prefix_cache.safetensors").unlink()
+    told = f'{folder} lacks prefix_cache.safetensors, where the sink of kind "{sink.kind}" is; copy it from'
+    with pytest.raises(ModelError, match=f"^{told} the export$"):
+        load_model(folder)
 
 
 def test_loaded_model_is_in_eval_mode_without_gradients(tmp_path: Path) -> None:
@@ -257,7 +289,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[d
 
 
 def test_hub_id_loads_safetensors_once_and_nothing_else(tmp_path: Path, hub: Callable[..., Any]) -> None:
-    model = tiny_model()
+    model = tiny_model(sink=PREFIX_SINKS[0])
     folder = write_folder(model, tmp_path / "snapshot")
     (folder / "tokenizer.json").touch()
     asked = hub(folder)
@@ -265,7 +297,8 @@ def test_hub_id_loads_safetensors_once_and_nothing_else(tmp_path: Path, hub: Cal
     assert describe("org/safe-1.4b", revision="step1000").name == "org/safe-1.4b"
     assert require_tokenizer("org/safe-1.4b", revision="step1000") == folder
     assert [(call["repo_id"], call["revision"]) for call in asked] == [("org/safe-1.4b", "step1000")]
-    assert not any("bin" in pattern for pattern in asked[0]["allow_patterns"])
+    assert {"model.safetensors", "prefix_cache.safetensors"} <= set(asked[0]["allow_patterns"])
+    assert not any(pattern.endswith((".bin", ".py")) for pattern in asked[0]["allow_patterns"])
 
 
 def test_hub_id_without_safetensors_loads_pickled_weights(tmp_path: Path, hub: Callable[..., Any]) -> None:
@@ -357,7 +390,7 @@ def test_missing_tokenizer_says_where_it_belongs(tmp_path: Path) -> None:
         ({"hidden_size": "wide"}, "config.json: "),
         ({"sink": {"kind": "token", "count": 1, "token_ids": [97]}}, "sink token id 97 is outside"),
         ({"sink": {"kind": "token"}}, "config.json: "),
-        ({"sink": {"kind": "zero", "count": 1, "token_ids": []}}, 'sink.kind "zero" is not'),
+        ({"sink": {"kind": "zeros", "count": 1, "token_ids": []}}, 'sink.kind "zeros" is not'),
     ],
 )
 def test_unusable_config_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -435,6 +468,62 @@ def test_checkpoint_that_cannot_be_read_safely_is_refused(tmp_path: Path, conten
     with pytest.raises(ModelError, match=r"model.ckpt is damaged, or holds more than tensors") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
+
+
+def write_steps(run: Path, *steps: int) -> Path:
+    """A run folder with these checkpoints, and ``last.ckpt`` naming the newest, as training leaves it."""
+    for step in steps:
+        write_checkpoint(tiny_model(), run / "checkpoints" / f"step-{step:08d}.ckpt")
+    (run / "checkpoints" / "last.ckpt").symlink_to(f"step-{max(steps):08d}.ckpt")
+    return run
+
+
+def cut_off(run: Path, step: int) -> None:
+    path = run / "checkpoints" / f"step-{step:08d}.ckpt"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("load", [load_model, describe])
+@pytest.mark.parametrize(("damaged", "whole"), [([20], 10), ([20, 10], 5)])
+def test_a_run_whose_newest_checkpoint_is_damaged_names_the_newest_one_that_is_not(
+    load: Callable[[Path], object], damaged: list[int], whole: int, tmp_path: Path
+) -> None:
+    """It said to give a run folder, and was given one."""
+    run = write_steps(tmp_path / "run", 5, 10, 20)
+    for step in damaged:
+        cut_off(run, step)
+    with pytest.raises(ModelError) as caught:
+        load(run)
+    place = f"{run}/checkpoints"
+    told = f"{place}/step-00000020.ckpt is damaged, or holds more than tensors and plain values; use "
+    assert str(caught.value) == f"{told}{place}/step-{whole:08d}.ckpt"
+    load(Path(str(caught.value).rpartition("; use ")[2]))
+
+
+def test_a_damaged_checkpoint_is_not_replaced_by_a_later_one(tmp_path: Path) -> None:
+    run = write_steps(tmp_path / "run", 5, 10, 20)
+    cut_off(run, 10)
+    with pytest.raises(ModelError, match=r"step-00000010.ckpt is damaged, .*; use .*/step-00000005.ckpt$"):
+        load_model(run / "checkpoints" / "step-00000010.ckpt")
+    cut_off(run, 5)
+    with pytest.raises(ModelError, match=r"step-00000005.ckpt is damaged, .*; give a run folder, "):
+        load_model(run / "checkpoints" / "step-00000005.ckpt")
+
+
+def test_a_run_copied_without_links_names_a_whole_checkpoint_too(tmp_path: Path) -> None:
+    run = write_steps(tmp_path / "run", 10, 20)
+    last = run / "checkpoints" / "last.ckpt"
+    last.unlink()
+    last.write_bytes(b"PK")
+    with pytest.raises(ModelError, match=r"last.ckpt is damaged, .*; use .*/step-00000020.ckpt$"):
+        load_model(run)
+
+
+def test_a_run_whose_newest_checkpoint_is_gone_names_the_one_before(tmp_path: Path) -> None:
+    run = write_steps(tmp_path / "run", 10, 20)
+    (run / "checkpoints" / "step-00000020.ckpt").unlink()
+    with pytest.raises(ModelError, match=r"/last.ckpt is gone; use .*/step-00000010.ckpt$"):
+        load_model(run)
 
 
 def test_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:

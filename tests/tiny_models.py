@@ -12,6 +12,7 @@ import torch
 
 from sinktrain.model.checkpoints import CHECKPOINT_KEY, FORMAT_VERSION, NETWORK_PREFIX
 from sinktrain.model.config import ModelConfig, NetworkConfig, SinkConfig
+from sinktrain.model.init import SINK_PART
 from sinktrain.model.neox import GPTNeoX
 
 TINY = NetworkConfig(32, 2, 2, vocab_size=97, max_position_embeddings=64)
@@ -26,7 +27,7 @@ def tiny_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0.0, 0.2, generator=generator)
+            parameter.normal_(0.0, 1.0 if SINK_PART in name else 0.2, generator=generator)
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
     return model.eval().requires_grad_(False)

@@ -9,11 +9,17 @@ from pathlib import Path
 from sinktrain.cli.parsing import make_parser
 from sinktrain.cli.printing import print_json
 
+LOADS_WITH = {
+    "plain": "plain transformers",
+    "prefix": "transformers and its prefix_cache.safetensors, as its README.md shows",
+    "code": "transformers and trust_remote_code=True",
+}
+
 
 def export(arguments: list[str]) -> int:
     parser = make_parser(
         "export",
-        "Write a Hugging Face folder that plain transformers loads; its logits are checked first.",
+        "Write a Hugging Face folder that transformers loads; its logits are checked first.",
         "sinktrain export runs/quickstart/sink --out sink-model",
     )
     parser.add_argument("model", metavar="MODEL")
@@ -26,7 +32,7 @@ def export(arguments: list[str]) -> int:
         print_json(asdict(exported))
         return 0
     print(
-        f"{exported.folder}: loads with plain transformers; "
+        f"{exported.folder}: loads with {LOADS_WITH[exported.loads_as]}; "
         f"its logits differ by {exported.max_logit_diff:.1e} at most"
     )
     if not exported.has_tokenizer:

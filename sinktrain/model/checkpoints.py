@@ -18,8 +18,15 @@ from torch.overrides import TorchFunctionMode
 from sinktrain.errors import ConfigError, ModelError, did_you_mean
 from sinktrain.model.config import ModelConfig
 from sinktrain.model.hub import download, is_hub_id
+from sinktrain.model.init import SINK_PART
 from sinktrain.model.neox import GPTNeoX
-from sinktrain.model.transformers_format import from_transformers_config, from_transformers_weights
+from sinktrain.model.sinks.base import KINDS
+from sinktrain.model.transformers_format import (
+    PREFIX_FILE,
+    WEIGHTS_FILE,
+    from_transformers_config,
+    from_transformers_weights,
+)
 
 CHECKPOINT_KEY = "sinktrain"
 """Where a Lightning checkpoint, and an export's config.json, say what sinktrain knows of the model."""
@@ -167,6 +174,8 @@ def _find_in_folder(folder: Path) -> _Found:
         return _Found(name, folder / _LAST, True, folder)
     if (folder / "config.json").is_file():
         return _Found(name, folder, False, folder)
+    if older := _newest_readable(folder / _LAST):
+        raise ModelError(f"{folder / _LAST} is gone; use {older}")
     raise ModelError(f"{folder} holds no model: neither {_LAST} nor config.json; give {_FORMS}")
 
 
@@ -206,11 +215,24 @@ def _open_checkpoint(path: Path) -> dict[str, Any]:
 
 def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     config = from_transformers_config(_read_json(folder / "config.json"), str(folder / "config.json"))
-    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _unpickle)):
+    for name, read in ((WEIGHTS_FILE, _read_safetensors), ("pytorch_model.bin", _unpickle)):
         files = _weight_files(folder, name)
         if files:
-            return config, from_transformers_weights({k: v for file in files for k, v in read(file).items()})
-    raise ModelError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin")
+            weights = from_transformers_weights({k: v for file in files for k, v in read(file).items()})
+            return config, weights | _sink_weights(folder, config)
+    raise ModelError(f"{folder} holds no weights: neither {WEIGHTS_FILE} nor pytorch_model.bin")
+
+
+def _sink_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """What the sinks add to the layers, where it lies apart from the weights of a stock GPT-NeoX."""
+    kind, path = config.sink.kind, folder / PREFIX_FILE
+    if KINDS[kind].loads_as != "prefix":
+        return {}
+    if not path.is_file():
+        raise ModelError(
+            f'{folder} lacks {PREFIX_FILE}, where the sink of kind "{kind}" is; copy it from the export'
+        )
+    return {name: weight for name, weight in _read_safetensors(path).items() if SINK_PART in name}
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
@@ -239,11 +261,37 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unpickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return _load(path)
     except _DAMAGE as error:
+        older = _newest_readable(path)
+        remedy = f"use {older}" if older else f"give {_FORMS}"
         raise ModelError(
-            f"{path} is damaged, or holds more than tensors and plain values; give {_FORMS}"
+            f"{_target(path)} is damaged, or holds more than tensors and plain values; {remedy}"
         ) from error
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _target(path: Path) -> Path:
+    """The checkpoint of a step that ``last.ckpt`` stands for; any other is its own."""
+    return path.with_name(path.readlink().name) if path.is_symlink() else path
+
+
+def _newest_readable(damaged: Path) -> Path | None:
+    """The newest checkpoint of its run that can be read, of the steps before that of a damaged one."""
+    name = _target(damaged).name
+    steps = sorted(damaged.parent.glob("step-*.ckpt"), reverse=True)
+    before = [path for path in steps if path.name < name or not name.startswith("step-")]
+    return next((path for path in before if _is_readable(path)), None)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return isinstance(_load(path), dict)
+    except (OSError, *_DAMAGE):
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:

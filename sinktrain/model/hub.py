@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sinktrain.data.hub import snapshot
 from sinktrain.errors import ModelError
+from sinktrain.model.transformers_format import PREFIX_FILE
 
 _CONFIG = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
@@ -33,7 +34,7 @@ def download(repo_id: str, revision: str | None) -> Path:
     Raises:
         ModelError: the Hub has it not, does not give it, or cannot be reached.
     """
-    folder = snapshot(repo_id, [*_CONFIG, *_SAFETENSORS], ModelError, revision)
-    if not any(folder.glob("*.safetensors")):
+    folder = snapshot(repo_id, [*_CONFIG, *_SAFETENSORS, PREFIX_FILE], ModelError, revision)
+    if not any(folder.glob("model*.safetensors")):
         snapshot(repo_id, _PICKLED, ModelError, revision)
     return folder

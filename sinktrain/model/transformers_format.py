@@ -7,12 +7,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sinktrain.errors import ConfigError, ModelError
 from sinktrain.model.config import PYTHIA, ModelConfig, NetworkConfig
+from sinktrain.model.init import SINK_PART
+from sinktrain.model.neox import GPTNeoX, Layer
+from sinktrain.model.sinks.base import KINDS
 
 MODEL_TYPE = "gpt_neox"
+
+CODE_MODEL_TYPE = "sinktrain_gpt_neox"
+"""Unknown to transformers, so that it never takes a model that needs ``CODE_FILE`` for a stock one."""
+
+CODE_FILE = "modeling_sinktrain.py"
+WEIGHTS_FILE = "model.safetensors"
+PREFIX_FILE = "prefix_cache.safetensors"
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
@@ -24,6 +35,18 @@ _OPTIONAL = (
     "hidden_act",
     "layer_norm_eps",
 )
+
+_STOCK = {"architectures": ["GPTNeoXForCausalLM"], "model_type": MODEL_TYPE}
+
+_MODULE = CODE_FILE.removesuffix(".py")
+_CODE = {
+    "architectures": ["SinktrainForCausalLM"],
+    "model_type": CODE_MODEL_TYPE,
+    "auto_map": {
+        "AutoConfig": f"{_MODULE}.SinktrainConfig",
+        "AutoModelForCausalLM": f"{_MODULE}.SinktrainForCausalLM",
+    },
+}
 
 # Two of Pythia's Hub configs tell less than the 2048 positions that every Pythia was trained on.
 _HUB_POSITIONS = {"pythia-14m": 512, "pythia-31m": 1024}
@@ -41,7 +64,7 @@ def from_transformers_config(value: Mapping[str, Any], where: str) -> ModelConfi
     Raises:
         ModelError: it is not GPT-NeoX, or a GPT-NeoX with parts that this network lacks.
     """
-    if value.get("model_type") != MODEL_TYPE:
+    if value.get("model_type") not in (MODEL_TYPE, CODE_MODEL_TYPE):
         raise ModelError(
             f'{where} is of model_type "{value.get("model_type")}"; '
             f'use a GPT-NeoX model ("{MODEL_TYPE}"), such as EleutherAI/pythia-160m'
@@ -71,8 +94,7 @@ def to_transformers_config(
     """
     network = config.network
     return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": MODEL_TYPE,
+        **(_CODE if KINDS[config.sink.kind].loads_as == "code" else _STOCK),
         **asdict(network),
         "rope_parameters": {
             "rope_type": "default",
@@ -96,6 +118,35 @@ def from_transformers_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor
         for name, weight in weights.items()
         if not _BUFFER.search(name)
     }
+
+
+def to_transformers_weights(model: GPTNeoX) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file of a folder that transformers loads, by the file's name.
+
+    The weights are those of the network; where it loads with a prefix cache, what the sinks add is a file of
+    its own: ``keys`` and ``values``, float[layer, 1, head, 1, head_dim], for a cache of transformers, and the
+    parameters that they come from, for ``load_model``.
+    """
+    weights = model.state_dict()
+    if KINDS[model.config.sink.kind].loads_as != "prefix":
+        return {WEIGHTS_FILE: weights}
+    sinks = {name: weight for name, weight in weights.items() if SINK_PART in name}
+    stock = {name: weight for name, weight in weights.items() if name not in sinks}
+    return {WEIGHTS_FILE: stock, PREFIX_FILE: _prefix_cache(model) | sinks}
+
+
+def _prefix_cache(model: GPTNeoX) -> dict[str, Tensor]:
+    """A key as it is unrotated stands at position 0, and the text behind it starts at 1."""
+    network, slots = model.config.network, []
+    nothing = model.embed_out.weight.new_zeros(network.num_attention_heads, network.head_dim)
+    for layer in model.gpt_neox.layers:
+        assert isinstance(layer, Layer)
+        null = layer.attention.sink.null_slot()
+        assert null is not None, "a kind that loads as a prefix has a null slot"
+        assert null.score is None, "a cache has no place for a score"
+        slots.append([nothing if part is None else part for part in (null.key, null.value)])
+    keys, values = (torch.stack(parts)[:, None, :, None] for parts in zip(*slots, strict=True))
+    return {"keys": keys, "values": values}
 
 
 def _rotary(value: Mapping[str, Any], where: str) -> dict[str, Any]:

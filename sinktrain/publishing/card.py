@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
+
 from sinktrain.model.checkpoints import ModelSource
 from sinktrain.model.config import ModelConfig, SinkConfig
+from sinktrain.model.sinks.base import KINDS, Loading
+from sinktrain.model.transformers_format import CODE_FILE, PREFIX_FILE, WEIGHTS_FILE
+from sinktrain.publishing.prefix_cache import behind_sink, sink_cache
+
+PROMPT = "Once upon a time"
 
 
 def model_card(name: str, config: ModelConfig, num_parameters: int, origin: ModelSource) -> str:
     """README.md with the Hub's metadata on top; it claims no licence, since none is known here."""
+    kind = KINDS[config.sink.kind]
     return "\n\n".join(
         [
-            _metadata(config.sink),
+            _metadata(config.sink, kind.loads_as),
             f"# {name}",
             f"A GPT-NeoX language model of {num_parameters:,} parameters, exported by sinktrain, which found "
-            "plain `transformers` to give the same logits.",
+            f"{_FOUND_IN[kind.loads_as]} to give the same logits.",
             "## Sink",
-            _sink(config.sink),
+            f"`{kind.name}`: {kind.about}. {_WHY[kind.loads_as]}",
+            _tokens(config.sink),
             "## Use",
-            _use(name),
+            _USE[kind.loads_as].replace("NAME", name),
+            "Batches are padded on the left, behind the attention mask: pass the mask that the tokenizer "
+            "returns.",
+            _stream(name),
             "## Facts",
             _facts(config, origin) + "\n",
         ]
     )
 
 
-def _metadata(sink: SinkConfig) -> str:
-    tags = ["gpt_neox", "sinktrain"] + ["attention-sink"] * (sink.count > 0)
+def _metadata(sink: SinkConfig, loads_as: Loading) -> str:
+    tags = ["gpt_neox", "sinktrain"]
+    tags += ["attention-sink"] * (sink.kind != "none") + ["custom_code"] * (loads_as == "code")
     return "\n".join(
         [
             "---",
@@ -38,9 +51,28 @@ def _metadata(sink: SinkConfig) -> str:
     )
 
 
-def _sink(sink: SinkConfig) -> str:
-    if sink.kind == "none":
-        return "None: it was trained without a sink token, and its tokenizer adds nothing to a text."
+_FOUND_IN: dict[Loading, str] = {
+    "plain": "plain `transformers`",
+    "prefix": f"plain `transformers` with the cache of `{PREFIX_FILE}`",
+    "code": f"`transformers` with the `{CODE_FILE}` of this folder",
+}
+
+_WHY: dict[Loading, str] = {
+    "plain": "It loads as the stock GPT-NeoX that it is.",
+    "prefix": "Every token attends to it as to one that stands at position 0, in front of the text. Stock "
+    f"GPT-NeoX has no weights for that, but a cache may hold it: `{WEIGHTS_FILE}` loads as it is, and "
+    f"`{PREFIX_FILE}` is the sink. **Without that cache it is another model, and nothing warns of it:** "
+    "`pipeline`, and a `generate` that is not given it, write other text. A cache that streams keeps the "
+    "sink for ever.",
+    "code": f"Stock GPT-NeoX has no place for that, so `{CODE_FILE}` is transformers' network with such an "
+    "attention. transformers runs it only with `trust_remote_code=True`, and refuses the model without; read "
+    "the file first, it is short. sinktrain itself runs no code of this folder.",
+}
+
+
+def _tokens(sink: SinkConfig) -> str:
+    if not sink.count:
+        return "Its tokenizer adds nothing to a text."
     ids = ", ".join(map(str, sink.token_ids))
     tokens = f"{sink.count} learnable sink token" + "s" * (sink.count > 1)
     return (
@@ -52,19 +84,48 @@ def _sink(sink: SinkConfig) -> str:
     )
 
 
-def _use(name: str) -> str:
+def _pipeline(*options: str) -> str:
+    arguments = ", ".join(['"text-generation"', 'model="NAME"', *options])
     return f"""```python
 from transformers import pipeline
 
-pipeline("text-generation", model="{name}")("Once upon a time", max_new_tokens=50)
+pipeline({arguments})("{PROMPT}", max_new_tokens=50)
+```"""
+
+
+_WITH_CACHE = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+{inspect.getsource(sink_cache)}
+
+{inspect.getsource(behind_sink)}
+
+model = AutoModelForCausalLM.from_pretrained("NAME")
+tokenizer = AutoTokenizer.from_pretrained("NAME")
+inputs = tokenizer("{PROMPT}", return_tensors="pt")
+logits = model(inputs.input_ids, past_key_values=sink_cache(model)).logits
+tokens = model.generate(**behind_sink(inputs), past_key_values=sink_cache(model), max_new_tokens=50)
+print(tokenizer.decode(tokens[0, 1:]))
 ```
 
-Batches are padded on the left, behind the attention mask: pass the mask that the tokenizer returns.
+Positions of the text start at 1 by themselves, and `generate` sees to those behind padding; a call of `model`
+on padded rows takes the mask of `behind_sink` and its own `position_ids`. For a batch,
+`sink_cache(model, batch_size)`."""
 
-Without an end, in constant memory:
+_USE: dict[Loading, str] = {
+    "plain": _pipeline(),
+    "prefix": _WITH_CACHE,
+    "code": _pipeline("trust_remote_code=True")
+    + "\n\n`AutoModelForCausalLM` and `AutoTokenizer` take the same option.",
+}
+
+
+def _stream(name: str) -> str:
+    return f"""Without an end, in constant memory:
 
 ```
-sinktrain stream {name} --prompt "Once upon a time" --max-tokens inf
+sinktrain stream {name} --prompt "{PROMPT}" --max-tokens inf
 ```"""
 
 

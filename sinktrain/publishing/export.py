@@ -8,18 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sinktrain.data.tokenizer import Tokenizer, load_tokenizer, sink_token_name
 from sinktrain.errors import ExportError
 from sinktrain.files import atomic_path, write_json, write_text
 from sinktrain.model.checkpoints import CHECKPOINT_KEY, ModelSource, describe, find_tokenizer, load_model
 from sinktrain.model.neox import GPTNeoX
-from sinktrain.model.transformers_format import to_transformers_config
+from sinktrain.model.sinks.base import KINDS, Loading
+from sinktrain.model.transformers_format import CODE_FILE, to_transformers_config, to_transformers_weights
 from sinktrain.publishing.card import model_card
+from sinktrain.publishing.prefix_cache import behind_sink, sink_cache
 
 CHECKED_LENGTHS = (1, 2, 33, 256)
+CHECKED_STEPS = 8
 ABSOLUTE_TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5  # of the largest logit: float32 keeps no more of logits beyond 10
 CHECKED_TEXTS = ("A first line.", "A second one, longer, so that the first is padded.")
@@ -31,11 +36,13 @@ class Exported:
 
     Args:
         folder: where it is.
+        loads_as: how transformers loads it.
         max_logit_diff: largest difference between transformers' logits and ours, float32 on the CPU.
         has_tokenizer: whether tokenizer files are in it; a model without a tokenizer has none to give.
     """
 
     folder: Path
+    loads_as: Loading
     max_logit_diff: float
     has_tokenizer: bool
 
@@ -47,12 +54,13 @@ def export(source: str | Path, out: str | Path) -> Exported:
 
     Raises:
         ModelError, DataError: the model or its tokenizer cannot be read.
-        ExportError: ``out`` is taken or cannot be written, the tokenizer is another model's, or plain
-            transformers does not give our logits and tokens.
+        ExportError: ``out`` is taken or cannot be written, the tokenizer is another model's, there is no way
+            to load the sink, or transformers does not give our logits and tokens.
     """
     out = Path(out).expanduser().resolve()
     _check_free(out)
     model = load_model(source)
+    loads_as = _way_to_load(model.config.sink.kind)
     tokenizer_folder = find_tokenizer(source)
     tokenizer = load_tokenizer(str(tokenizer_folder)) if tokenizer_folder else None
     if tokenizer:
@@ -65,10 +73,10 @@ def export(source: str | Path, out: str | Path) -> Exported:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         write_text(folder / "README.md", model_card(out.name, model.config, num_parameters, origin))
         with _quiet_transformers():
-            max_logit_diff = _check_logits(folder, model)
+            max_logit_diff = _check_logits(folder, model, loads_as)
             if tokenizer:
                 _check_tokenizer(folder, model, tokenizer)
-    return Exported(out, max_logit_diff, tokenizer is not None)
+    return Exported(out, loads_as, max_logit_diff, tokenizer is not None)
 
 
 def _check_free(out: Path) -> None:
@@ -76,6 +84,20 @@ def _check_free(out: Path) -> None:
         return
     if out.exists():
         raise ExportError(f"{out} is there already and stays as it is; name a new folder or remove that one")
+
+
+def _way_to_load(kind: str) -> Loading:
+    """How transformers loads a sink of this kind."""
+    loads_as = KINDS[kind].loads_as
+    if loads_as == "code":
+        from sinktrain.publishing import modeling_sinktrain
+
+        if kind not in modeling_sinktrain.SINKS:
+            raise ExportError(
+                f'sink.kind "{kind}" loads by {CODE_FILE}, which does not know it; '
+                f"add it to SINKS in {modeling_sinktrain.__file__}"
+            )
+    return loads_as
 
 
 def _check_belongs(tokenizer: Tokenizer, model: GPTNeoX, source: str | Path) -> None:
@@ -110,8 +132,6 @@ def _folder_in_making(out: Path) -> Iterator[Path]:
 
 
 def _write_model(folder: Path, model: GPTNeoX, tokenizer: Tokenizer | None, origin: ModelSource) -> None:
-    from safetensors.torch import save_file
-
     bos = model.sink_ids[-1] if model.sink_ids else None
     eos = tokenizer.eos_token_id if tokenizer else None
     config = to_transformers_config(model.config, bos, eos)
@@ -122,9 +142,18 @@ def _write_model(folder: Path, model: GPTNeoX, tokenizer: Tokenizer | None, orig
         {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
         | {"suppress_tokens": _never_generated(model, tokenizer)},
     )
-    with atomic_path(folder / "model.safetensors") as path:
-        save_file(model.state_dict(), path, metadata={"format": "pt"})
-        path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read it
+    for name, weights in to_transformers_weights(model).items():
+        _write_weights(folder / name, weights, mode=(folder / "config.json").stat().st_mode)
+    if KINDS[model.config.sink.kind].loads_as == "code":
+        write_text(folder / CODE_FILE, Path(__file__).with_name(CODE_FILE).read_text(encoding="utf-8"))
+
+
+def _write_weights(file: Path, weights: dict[str, Tensor], mode: int) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(file) as path:
+        save_file(weights, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors lets the owner alone read it
 
 
 def _never_generated(model: GPTNeoX, tokenizer: Tokenizer | None) -> list[int] | None:
@@ -151,18 +180,17 @@ def _write_tokenizer(folder: Path, model: GPTNeoX, tokenizer: Tokenizer) -> None
     )
 
 
-def _check_logits(folder: Path, model: GPTNeoX) -> float:
+def _check_logits(folder: Path, model: GPTNeoX, loads_as: Loading) -> float:
     """Largest difference of logits on random tokens; ExportError if it is more than rounding."""
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    theirs = _load_in_transformers(folder, loads_as)
     generator = torch.Generator().manual_seed(0)
     largest, tolerance = 0.0, ABSOLUTE_TOLERANCE
     for length in CHECKED_LENGTHS:
         seq = min(length, model.config.network.max_position_embeddings)
         tokens = torch.randint(model.config.vocab_size, (2, seq), generator=generator)
         with torch.inference_mode():
-            ours, found = model(tokens), theirs(tokens).logits
+            continued, found = _their_logits(theirs, tokens, loads_as)
+            ours = model(continued)[:, :-1]
         largest = max(largest, (found - ours).abs().max().nan_to_num(torch.inf).item())
         tolerance = max(tolerance, RELATIVE_TOLERANCE * ours.abs().max().item())
     if largest > tolerance:
@@ -173,11 +201,51 @@ def _check_logits(folder: Path, model: GPTNeoX) -> float:
     return largest
 
 
+def _load_in_transformers(folder: Path, loads_as: Loading) -> Any:
+    options = {"dtype": torch.float32, "local_files_only": True}
+    if loads_as == "code":
+        # The file that the folder has a copy of: trust_remote_code would leave one more in the user's cache.
+        from sinktrain.publishing.modeling_sinktrain import SinktrainForCausalLM
+
+        return SinktrainForCausalLM.from_pretrained(folder, **options)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _their_logits(theirs: Any, tokens: Tensor, loads_as: Loading) -> tuple[Tensor, Tensor]:
+    """Logits of all tokens at once, and then of each that is generated from them, but the last.
+
+    Args:
+        tokens: int64[batch, seq].
+
+    Returns:
+        The tokens with those generated, int64[batch, seq + steps], and the logits, one position less.
+    """
+
+    def sink() -> dict[str, Any]:
+        return {"past_key_values": sink_cache(theirs, len(tokens))} if loads_as == "prefix" else {}
+
+    at_once = theirs(tokens, **sink()).logits
+    prompt = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    generated = theirs.generate(
+        **(behind_sink(prompt) if loads_as == "prefix" else prompt),
+        **sink(),
+        max_new_tokens=CHECKED_STEPS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    continued = generated.sequences[:, -tokens.shape[1] - len(generated.logits) :]
+    return continued, torch.cat((at_once, *(logits[:, None] for logits in generated.logits[1:])), dim=1)
+
+
 def _check_tokenizer(folder: Path, model: GPTNeoX, tokenizer: Tokenizer) -> None:
     """ExportError unless a text, a pair and a padded batch each start with the sinks, and hold them once."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Unless told no, it asks at the terminal whether to run a model's code, which no tokenizer needs.
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     first, second = tokenizer.encode_batch(list(CHECKED_TEXTS))
     batch = theirs(list(CHECKED_TEXTS), padding=True)
     rows = [

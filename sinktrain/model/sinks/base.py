@@ -44,6 +44,10 @@ class NullSlot(NamedTuple):
         cos, sin = rotary_angles(place, rotary_steps, angle_dtype(self.key.dtype))
         return self._replace(key=apply_rotary(self.key, cos, sin))
 
+    def in_float32(self) -> NullSlot:
+        """The same as constants for kernels: float32, dense, and without gradients."""
+        return NullSlot(*(part if part is None else part.detach().float().contiguous() for part in self))
+
 
 class AttentionSink(nn.Module):
     """What a kind adds to one layer; the kinds ``none`` and ``token`` add nothing.
@@ -75,8 +79,12 @@ class AttentionSink(nn.Module):
         """The layer's null slot, if the kind has one."""
         return None
 
+    def output_gate(self) -> nn.Linear | None:
+        """A layer from the normalised input to the heads; its sigmoid multiplies what they put out."""
+        return None
+
     def output_scale(self, x: Tensor) -> Tensor | None:
-        """What each head's output is multiplied by, if the kind does that.
+        """What each head's output is multiplied by, if the kind does that; the gate, unless overridden.
 
         Args:
             x: float[..., hidden], the layer's normalised input.
@@ -84,7 +92,8 @@ class AttentionSink(nn.Module):
         Returns:
             float[..., head].
         """
-        return None
+        gate = self.output_gate()
+        return None if gate is None else torch.sigmoid(gate(x))
 
 
 KINDS: dict[str, type[AttentionSink]] = {}

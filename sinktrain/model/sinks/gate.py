@@ -7,7 +7,7 @@ qiuzh20/gated_attention has it in ``modeling_qwen3.py`` (``headwise_attn_output_
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sinktrain.model.sinks.base import AttentionSink, register
 
@@ -27,5 +27,5 @@ class OutputGate(AttentionSink):
     def initialize(self, generator: torch.Generator, std: float) -> None:
         self.gate.weight.normal_(0.0, std, generator=generator)
 
-    def output_scale(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.gate(x))
+    def output_gate(self) -> nn.Linear:
+        return self.gate
