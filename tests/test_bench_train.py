@@ -327,7 +327,9 @@ def test_sizes_left_out_go_by_device_and_config(tmp_path):
 
 def test_one_of_several_gpus_is_named_to_the_trainer(tmp_path):
     request = TrainBench(["pythia-160m"], torch.device("cuda:1"), torch.bfloat16)
-    typed = workload(request, "pythia-160m", tmp_path).fit_arguments("ours", ["--model.sink.kind", "zero"], 12)
+    typed = workload(request, "pythia-160m", tmp_path).fit_arguments(
+        "ours", ["--model.sink.kind", "zero"], 12
+    )
     assert typed[:2] == ["--config", "pythia-160m"]
     settings = dict(zip(typed[2::2], typed[3::2], strict=True))
     assert settings["--model.sink.kind"] == "zero"

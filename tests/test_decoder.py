@@ -6,13 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import VOCAB, dense_forward, gathered_stream, random_tokens, rotate_everything_stream, tiny_model
+from oracles import (
+    VOCAB,
+    dense_forward,
+    gathered_stream,
+    model_with_every_part,
+    random_tokens,
+    rotate_everything_stream,
+    tiny_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sinktrain
 from sinktrain.errors import StreamError
 from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.sinks.base import KINDS
 from sinktrain.streaming.decoder import StreamingDecoder
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -36,6 +45,13 @@ def prefill_through(
 def alone(model: GPTNeoX, tokens: Tensor, sinks: int = 1, window: int = 5) -> Tensor:
     """The last logits of one row by itself: int64[seq] -> float[vocab]."""
     return gathered_stream(model, tokens[None], sinks, window)[0, -1]
+
+
+def with_sinks(model: GPTNeoX, tokens: Tensor) -> Tensor:
+    """The same streams, which now start with the model's sinks: int64[batch, seq]."""
+    tokens = tokens.clone()
+    tokens[:, : len(model.sink_ids)] = torch.tensor(model.sink_ids)
+    return tokens
 
 
 def zeros(*shape: int) -> Tensor:
@@ -67,7 +83,7 @@ def assert_every_way_of_feeding_equals_the_oracle(
     model: GPTNeoX, sinks: int, window: int, max_rewind: int = 0, sizes: Sequence[int] = ()
 ) -> None:
     """Steps, one call, and pieces of several sizes, through three wraps."""
-    tokens = random_tokens(2, sinks + 4 * (window + max_rewind) + 3)
+    tokens = with_sinks(model, random_tokens(2, sinks + 4 * (window + max_rewind) + 3))
     expected = gathered_stream(model, tokens, sinks, window)
 
     def fresh() -> StreamingDecoder:
@@ -91,6 +107,21 @@ def test_steps_and_pieces_of_any_size_equal_the_oracle(sinks, window, rotary_pct
     model = tiny_model(rotary_pct=rotary_pct, num_hidden_layers=2 if window < 32 else 1)
     sizes = [1] if window < 32 or (sinks, rotary_pct) == (1, 0.25) else []
     assert_every_way_of_feeding_equals_the_oracle(model, sinks, window, sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "window", "rotary_pct"), [(0, 1, 1.0), (0, 5, 0.25), (1, 3, 0.0), (4, 4, 1.0)]
+)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_steps_and_pieces_of_every_kind_equal_the_oracle(kind, sinks, window, rotary_pct):
+    model = tiny_model(kind=kind, rotary_pct=rotary_pct)
+    assert_every_way_of_feeding_equals_the_oracle(model, sinks, window)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_steps_and_pieces_of_a_kind_that_used_every_part_would_equal_the_oracle(sinks):
+    for sizes in ({}, {"use_parallel_residual": False}):
+        assert_every_way_of_feeding_equals_the_oracle(model_with_every_part(**sizes), sinks, 5, max_rewind=2)
 
 
 @pytest.mark.parametrize("max_rewind", [1, 6])
@@ -194,6 +225,18 @@ def test_start_pos_changes_nothing(start_pos):
     torch.testing.assert_close(logits, expected[:, ends], rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_start_pos_changes_nothing_for_any_kind(kind, sinks):
+    model = tiny_model(kind=kind)
+    tokens = with_sinks(model, random_tokens(1, 24))
+    expected = gathered_stream(model, tokens, sinks, 5)
+    decoder = StreamingDecoder(model, sinks, 5, start_pos=2**40)
+    torch.testing.assert_close(step_through(decoder, tokens), expected, rtol=0, atol=1e-11)
+    logits, ends = prefill_through(StreamingDecoder(model, sinks, 5, start_pos=2**40), tokens, 7)
+    torch.testing.assert_close(logits, expected[:, ends], rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("rotary_pct", [0.25, 1.0])
 def test_start_pos_changes_float32_logits_by_less_than_float32_itself_does(rotary_pct):
     """Logits from -8 to 8, whose last bit is 5e-7: measured 4e-7 on average and 7e-6 at most, where
@@ -231,12 +274,18 @@ def test_half_precision_streams_lose_little_more_than_the_dense_model_does(dtype
         assert disagreement < 1.4 * dense[1] + 0.002 < 0.025
 
 
-def test_float32_decoders_stay_near_float64():
-    tokens = random_tokens(1, 40)
-    expected = gathered_stream(tiny_model(), tokens, 1, 5)
-    logits = step_through(StreamingDecoder(tiny_model(dtype=torch.float32), 1, 5), tokens)
-    assert logits.dtype == torch.float32
-    assert (logits - expected).abs().max() < 1e-4
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_float32_and_half_precision_decoders_stay_near_float64(kind):
+    model = tiny_model(kind=kind)
+    tokens = with_sinks(model, random_tokens(2, 24))
+    expected = gathered_stream(model, tokens, 1, 5)
+    for dtype, most in [(torch.float32, 1e-12), (torch.float16, 6e-6), (torch.bfloat16, 4e-4)]:
+        narrow = tiny_model(kind=kind, dtype=dtype)
+        logits = step_through(StreamingDecoder(narrow, 1, 5, batch_size=2), tokens)
+        assert logits.dtype == dtype
+        assert 0 < loss_of_precision(logits, expected)[0] < most
+        logits, ends = prefill_through(StreamingDecoder(narrow, 1, 5, batch_size=2), tokens, 7)
+        assert 0 < loss_of_precision(logits, expected[:, ends])[0] < most
 
 
 # Rows
@@ -275,6 +324,39 @@ def test_ragged_rows_equal_each_alone(lengths, max_rewind):
     stepped = decoder.step(tokens[:, 0])
     longer = torch.cat((tokens[0, : lengths[0]], tokens[0, :1]))
     torch.testing.assert_close(stepped[0], alone(model, longer, 2), **EXACT)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_rows_of_every_kind_go_their_own_ways(kind, sinks, tmp_path):
+    """Ragged rows, begun again, rewound, forked, saved and restored: each as if it were alone."""
+    model = tiny_model(kind=kind)
+    tokens, lengths = with_sinks(model, random_tokens(3, 40)), torch.tensor([20, 1, 7])
+
+    def fresh() -> StreamingDecoder:
+        return StreamingDecoder(model, sinks, 5, batch_size=3, max_rewind=3)
+
+    def assert_alone(logits: Tensor, fed: Sequence[Tensor]) -> None:
+        expected = [alone(model, stream, sinks) for stream in fed]
+        torch.testing.assert_close(logits, torch.stack(expected), **EXACT)
+
+    decoder = fresh()
+    fed = [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
+    assert_alone(decoder.prefill(tokens, lengths=lengths), fed)
+    decoder.reset(rows=[2])
+    fed[2] = tokens[2, :3]
+    assert_alone(decoder.prefill(tokens[[2], :3], rows=[2]), fed[2:])
+    for chunk in (tokens[:, 20:25], tokens[:, 25:26]):
+        last = decoder.prefill(chunk)
+        fed = [torch.cat((stream, new)) for stream, new in zip(fed, chunk, strict=True)]
+        assert_alone(last, fed)
+    decoder.rewind(2)
+    decoder.save_state(tmp_path / "state.safetensors")
+    restored = fresh()
+    restored.load_state(tmp_path / "state.safetensors")
+    fed = [torch.cat((stream[:-2], tokens[0, 30:31])) for stream in fed]
+    for twin in (decoder.fork(), restored, decoder):
+        assert_alone(twin.step(tokens[0, 30].expand(3)), fed)
 
 
 def test_ragged_rows_are_fed_together_until_each_of_them_ends(monkeypatch):
@@ -535,10 +617,21 @@ def test_the_state_of_another_decoder_is_refused(model, layout, message, is_file
     assert said == message
 
 
-def test_a_model_that_differs_in_one_of_its_weights_is_another_model():
-    model = tiny_model()
-    state = used_decoder().state_dict()
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_state_of_another_kind_is_refused(kind):
+    state = used_decoder(tiny_model(kind=kind), require_sink=False).state_dict()
+    for other in sorted(KINDS.keys() - {kind}):
+        decoder = used_decoder(tiny_model(kind=other), require_sink=False)
+        assert refusal(decoder, lambda d: d.load_state_dict(state)) == ANOTHER_MODEL, other
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_model_that_differs_in_one_of_its_weights_is_another_model(kind):
+    model = tiny_model(kind=kind)
+    state = used_decoder(model, require_sink=False).state_dict()
     for name, weight in model.named_parameters():
+        if kind != "none" and ".sink." not in name:
+            continue
         kept = weight.clone()
         weight *= 1 + 1e-9
         decoder = StreamingDecoder(model, 1, 5, batch_size=2, max_rewind=2)

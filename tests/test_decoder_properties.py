@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sinktrain.errors import StreamError
+from sinktrain.model.sinks.base import KINDS
 from sinktrain.streaming.decoder import StreamingDecoder
 
 EXACT = {"rtol": 0, "atol": 1e-11}
@@ -39,6 +40,7 @@ class Setting:
     start_pos: int = 0
     rotary_pct: float = 0.25
     sink_ids: tuple[int, ...] = ()
+    kind: str | None = None
 
 
 SETTINGS = [
@@ -48,6 +50,7 @@ SETTINGS = [
     Setting(4, 4, batch_size=2, max_rewind=7, start_pos=2**40, sink_ids=(90,)),
     Setting(1, 6, batch_size=3, max_rewind=2, sink_ids=(90, 91)),
 ]
+OF_KINDS = [Setting(0, 4, batch_size=2, max_rewind=3, start_pos=2**40, kind=kind) for kind in sorted(KINDS)]
 
 
 class AnyUse(RuleBasedStateMachine):
@@ -60,7 +63,7 @@ class AnyUse(RuleBasedStateMachine):
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self.setting = setting
-        self.model = tiny_model(sinks=setting.sink_ids, rotary_pct=setting.rotary_pct)
+        self.model = tiny_model(sinks=setting.sink_ids, rotary_pct=setting.rotary_pct, kind=setting.kind)
         self.fed: list[list[int]] = [[] for _ in range(setting.batch_size)]
         self.all_rows = list(range(setting.batch_size))
         self.rewindable = self.perhaps = self.num_calls = 0
@@ -242,7 +245,7 @@ def test_any_sequence_of_calls_leaves_every_stream_where_the_oracle_has_it(setti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", [*SETTINGS, *OF_KINDS], ids=str)
 def test_many_long_sequences_of_calls_leave_every_stream_where_the_oracle_has_it(setting: Setting) -> None:
     run_state_machine_as_test(lambda: AnyUse(setting), settings=LONG)
 

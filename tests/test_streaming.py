@@ -4,28 +4,42 @@ import functools
 
 import pytest
 import torch
-from oracles import dense_forward, gathered_stream, random_tokens, rotate_everything_stream, tiny_model
+from oracles import (
+    dense_forward,
+    gathered_stream,
+    model_with_every_part,
+    random_tokens,
+    rotate_everything_stream,
+    tiny_model,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 import sinktrain
 from sinktrain.errors import StreamError
 from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.places import Places, null_slots
 from sinktrain.model.rotary import apply_rotary, rotary_angles
+from sinktrain.model.sinks.base import KINDS
 from sinktrain.streaming.blockwise import MAX_LOGITS, stream_logits, stream_loss
 from sinktrain.streaming.layout import Layout, default_layouts, parse_layouts
 
 EXACT = {"rtol": 0, "atol": 1e-12}
+GROWING = [
+    kind for kind in sorted(KINDS) if (null := KINDS[kind](32, 2).null_slot()) and null.key is not None
+]
+"""Kinds whose null slot has a key, which its distance matters to."""
 
 
 @functools.cache
 def case(
-    sinks: int, window: int, rotary_pct: float, sink_ids: tuple[int, ...] = ()
+    sinks: int, window: int, rotary_pct: float, sink_ids: tuple[int, ...] = (), kind: str | None = None
 ) -> tuple[GPTNeoX, Tensor, Tensor]:
     """A model, a stream of more than three wraps that starts with the model's sinks, and its logits."""
-    model = tiny_model(rotary_pct=rotary_pct, sinks=sink_ids, num_hidden_layers=2 if window < 32 else 1)
+    num_layers = 2 if window < 32 else 1
+    model = tiny_model(rotary_pct=rotary_pct, sinks=sink_ids, kind=kind, num_hidden_layers=num_layers)
     tokens = random_tokens(1, sinks + 4 * window + 3)
-    tokens[0, : len(sink_ids)] = torch.tensor(sink_ids)
+    tokens[0, : len(model.sink_ids)] = torch.tensor(model.sink_ids)
     return model, tokens, gathered_stream(model, tokens, sinks, window)
 
 
@@ -78,6 +92,32 @@ def test_streams_of_sink_models_equal_the_oracle_under_every_layout(sinks, sink_
     torch.testing.assert_close(logits, expected, **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("sinks", "window", "rotary_pct"), [(0, 1, 1.0), (0, 9, 0.25), (1, 3, 1.0), (4, 9, 0.25)]
+)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_streams_in_blocks_as_the_oracle_has_it(kind, sinks, window, rotary_pct):
+    """Also folded, with windows of 9; and the oracle is the authors' algorithm as they wrote it."""
+    model, tokens, expected = case(sinks, window, rotary_pct, kind=kind)
+    begun = tokens[:, : sinks + 2 * window + 1]
+    as_written = rotate_everything_stream(model, begun, sinks, window)
+    torch.testing.assert_close(expected[:, : begun.shape[1]], as_written, **EXACT)
+    for block_size in (1, 7, 16, None):
+        logits = torch.cat(list(stream_logits(model, tokens, sinks, window, block_size)), dim=1)
+        torch.testing.assert_close(logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_kind_that_used_every_part_would_stream_as_the_oracle_has_it(sinks):
+    model, tokens = model_with_every_part(), random_tokens(2, 43)
+    expected = gathered_stream(model, tokens, sinks, 9)
+    as_written = rotate_everything_stream(model, tokens[:1], sinks, 9)
+    torch.testing.assert_close(expected[:1], as_written, **EXACT)
+    for block_size in (7, 16, None):
+        logits = torch.cat(list(stream_logits(model, tokens, sinks, 9, block_size)), dim=1)
+        torch.testing.assert_close(logits, expected, **EXACT)
+
+
 def test_rows_of_a_batch_equal_each_row_alone():
     model, tokens = tiny_model(), random_tokens(3, 40)
     together = torch.cat(list(stream_logits(model, tokens, 2, 6)), dim=1)
@@ -86,12 +126,15 @@ def test_rows_of_a_batch_equal_each_row_alone():
         torch.testing.assert_close(together[row : row + 1], alone, **EXACT)
 
 
-@pytest.mark.parametrize(("sinks", "window"), [(0, 12), (1, 11), (4, 8)])
-def test_stream_equals_dense_until_the_first_eviction_and_not_after(sinks, window):
-    model, tokens = tiny_model(), random_tokens(1, 40)
+@pytest.mark.parametrize(("sinks", "window"), [(0, 12), (4, 8)])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_stream_equals_dense_until_the_first_eviction_and_not_after(kind, sinks, window):
+    model, tokens = tiny_model(kind=kind), random_tokens(1, 14)
+    tokens[:, : len(model.sink_ids)] = torch.tensor(model.sink_ids)
     stream = torch.cat(list(stream_logits(model, tokens, sinks, window)), dim=1)
     dense = dense_forward(model, tokens)
     torch.testing.assert_close(stream[:, :12], dense[:, :12], **EXACT)
+    torch.testing.assert_close(model(tokens), dense, **EXACT)
     assert (stream[:, 12] - dense[:, 12]).abs().max() > 1e-3
 
 
@@ -104,12 +147,32 @@ def test_a_position_bug_cannot_hide_at_this_tolerance():
     visible = (positions < 2) | (positions > positions[:, None] - 5)
     visible &= positions <= positions[:, None]
 
-    def attend(layer, q, k, v):
+    def attend(layer, q, k, v, null=None):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
     other = model.logits(model.hidden(tokens, attend))
     torch.testing.assert_close(other[:, :7], expected[:, :7], **EXACT)
+    assert (other[:, 12:] - expected[:, 12:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_null_slot_whose_distance_kept_growing_would_show(kind):
+    model, tokens, expected = case(0, 9, 0.25, kind=kind)
+    cos, sin = rotary_angles(torch.arange(tokens.shape[1]), model.rotary_steps, torch.float64)
+    apart = torch.arange(tokens.shape[1])[:, None] - torch.arange(tokens.shape[1])
+    mask = torch.zeros(apart.shape, dtype=torch.float64).masked_fill_((apart < 0) | (apart >= 9), -torch.inf)
+
+    def attend(layer, q, k, v, null):
+        key = null.in_front(model.rotary_steps).key[None, :, None]
+        value = torch.zeros_like(key) if null.value is None else null.value[None, :, None]
+        keys = torch.cat((key, apply_rotary(k, cos, sin)), dim=2)
+        values = torch.cat((value, v), dim=2)
+        query, seen = apply_rotary(q, cos, sin), F.pad(mask, (1, 0))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+
+    other = model.logits(model.hidden(tokens, attend))
+    torch.testing.assert_close(other[:, :9], expected[:, :9], **EXACT)
     assert (other[:, 12:] - expected[:, 12:]).abs().max() > 1e-2
 
 
@@ -148,9 +211,10 @@ def test_stream_loss_has_one_entry_less_than_tokens(length):
     assert not losses.isnan().any()
 
 
-def test_float32_streams_stay_near_float64():
-    _, tokens, expected = case(2, 16, 0.25)
-    narrow = tiny_model(dtype=torch.float32)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_float32_streams_stay_near_float64(kind):
+    _, tokens, expected = case(2, 16, 0.25, kind=kind)
+    narrow = tiny_model(dtype=torch.float32, kind=kind)
     assert stream_loss(narrow, tokens, 2, 16).dtype == torch.float32
     logits = torch.cat(list(stream_logits(narrow, tokens, 2, 16)), dim=1)
     assert logits.dtype == torch.float32
@@ -158,10 +222,11 @@ def test_float32_streams_stay_near_float64():
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1.2e-2), (torch.float16, 2e-4)])
-def test_half_precision_streams_say_nearly_what_float64_says(dtype, most):
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_half_precision_streams_say_nearly_what_float64_says(kind, dtype, most):
     """Over 10,000 tokens, beside the dense model: tests/test_decoder.py."""
-    _, tokens, expected = case(2, 16, 0.25)
-    model = tiny_model(dtype=dtype)
+    _, tokens, expected = case(2, 16, 0.25, kind=kind)
+    model = tiny_model(dtype=dtype, kind=kind)
     assert stream_loss(model, tokens, 2, 16).dtype == torch.float32
     logits = torch.cat(list(stream_logits(model, tokens, 2, 16)), dim=1)
     assert logits.dtype == dtype
@@ -169,6 +234,18 @@ def test_half_precision_streams_say_nearly_what_float64_says(dtype, most):
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)
     assert divergence.max() < most
     assert (ours.argmax(-1) == theirs.argmax(-1)).double().mean() > 0.9
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2e-5), (torch.float16, 1e-6)])
+def test_a_null_slots_score_is_not_rounded_to_half_precision_again(dtype, most):
+    """Attention's scale, whose inverse is no power of two here, would round it by up to 4e-3 in bfloat16."""
+    model = model_with_every_part(dtype=dtype, hidden_size=64)
+    places, nothing = Places(model, 0), torch.zeros(1, 2, 1, 32, dtype=dtype)
+    angles = rotary_angles(torch.zeros(1, dtype=torch.int64), model.rotary_steps, torch.float32)
+    query = places.queries(nothing, angles, angles).double()
+    for null in null_slots(model):
+        score = (query @ places.null(null, like=nothing)[0].double().mT).flatten() / 32**0.5
+        torch.testing.assert_close(score, null.score.double(), rtol=0, atol=most)
 
 
 def test_gradients_are_not_kept():

@@ -20,6 +20,7 @@ from torch import Tensor
 from sinktrain.errors import SinktrainError
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.rotary import angle_dtype, apply_rotary, rotary_angles
+from sinktrain.model.sinks.base import KINDS, NullSlot
 from sinktrain.model.transformers_format import to_transformers_config
 from sinktrain.streaming.layout import Layout
 
@@ -195,7 +196,9 @@ class CatAndRotatePeer(Peer):
     def cache_bytes(self) -> int:
         return sum(held.nbytes for held in (*self.keys, *self.values))
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, null: NullSlot | None = None) -> Tensor:
+        if null is not None:
+            raise SinktrainError("skipped: the paper's cache has no place for this model's sink")
         keys = self.keys[layer] = torch.cat((self.keys[layer], k), dim=2)
         values = self.values[layer] = torch.cat((self.values[layer], v), dim=2)
         num_keys, num_old = keys.shape[2], keys.shape[2] - q.shape[2]
@@ -225,6 +228,8 @@ def as_transformers(model: GPTNeoX) -> Any:
     """transformers' network around the very same weights; nothing is copied."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+    if KINDS[model.config.sink.kind].loads_as != "plain":
+        raise SinktrainError("skipped: stock GPT-NeoX has no place for this model's sink")
     settings = to_transformers_config(model.config, bos_token_id=None, eos_token_id=None)
     config = GPTNeoXConfig(**settings, attn_implementation="sdpa")
     with torch.device("meta"):

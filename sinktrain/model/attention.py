@@ -94,22 +94,36 @@ def causal_with_null(q: Tensor, k: Tensor, v: Tensor, null: NullSlot) -> Tensor:
     Returns:
         float[batch, head, seq, head_dim].
     """
-    (num_heads, head_dim), extra = (q.shape[1], q.shape[3]), 0 if null.score is None else SCORE_DIMS
+    num_heads, head_dim = q.shape[1], q.shape[3]
     no_part = q.new_zeros(num_heads, head_dim)
     key, value = (no_part if part is None else part.to(q.dtype) for part in (null.key, null.value))
     if null.score is not None:
-        score = null.score * head_dim**0.5
-        rounded = score.detach().to(q.dtype)
-        marks = F.pad(q.new_ones(2), (0, extra - 2))
-        q = torch.cat((q, marks.expand(*q.shape[:-1], -1)), dim=-1)
-        parts = torch.stack((rounded, (score - rounded).to(q.dtype)), dim=-1)
-        key = torch.cat((key, F.pad(parts, (0, extra - 2))), dim=-1)
+        q = torch.cat((q, score_mark(q)), dim=-1)
+        key = torch.cat((key, score_dims(null.score, head_dim, q.dtype)), dim=-1)
+    extra = q.shape[-1] - head_dim
+    k = with_first(key[:, None], F.pad(k, (0, extra)))
+    v = with_first(F.pad(value, (0, extra))[:, None], F.pad(v, (0, extra)))
     q = F.pad(q, (0, 0, 1, 0))
-    k = _with_first(key, F.pad(k, (0, extra)))
-    v = _with_first(F.pad(value, (0, extra)), F.pad(v, (0, extra)))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5)
     return mixed[:, :, 1:, :head_dim]
 
 
-def _with_first(first: Tensor, rest: Tensor) -> Tensor:
-    return torch.cat((first[:, None].expand(len(rest), -1, -1, -1), rest), dim=2)
+def score_dims(score: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Dimensions of a null slot's key that make its score: float[head] -> dtype[head, SCORE_DIMS].
+
+    They hold it and what rounding took of it, times what attention's scale takes away again.
+    """
+    score = score.to(angle_dtype(dtype)) * head_dim**0.5
+    rounded = score.to(dtype)
+    parts = torch.stack((rounded, (score - rounded).to(dtype)), dim=-1)
+    return F.pad(parts, (0, SCORE_DIMS - 2))
+
+
+def score_mark(q: Tensor) -> Tensor:
+    """What queries have in those dimensions: [batch, head, seq, SCORE_DIMS], like ``q`` otherwise."""
+    return F.pad(q.new_ones(2), (0, SCORE_DIMS - 2)).expand(*q.shape[:-1], -1)
+
+
+def with_first(first: Tensor, rest: Tensor) -> Tensor:
+    """float[head, 1, …] in front of float[batch, head, seq, …]."""
+    return torch.cat((first.expand(len(rest), -1, -1, -1), rest), dim=2)

@@ -1,9 +1,10 @@
 """Attention of streams that march in step, whole blocks at a time: exact evaluation in plain torch.
 
 All rows have the same age. So positions are known without asking the device, and the keys that a query
-sees lie side by side: a band of the newest ``window`` tokens, and the sinks. A query is rotated twice, as
-``sinktrain.streaming.blocks`` explains. A block of queries is folded into pieces about as long as the
-window, so that the cost of a token does not depend on the size of its block.
+sees lie side by side: a band of the newest ``window`` tokens, and what is in front of it, a null slot and
+the sinks. A query is rotated twice, as ``sinktrain.model.places`` explains. A block of queries is
+folded into pieces about as long as the window, so that the cost of a token does not depend on the size of
+its block.
 
 Axes: batch, head, fold, seq (queries of a fold), key, head_dim.
 """
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from sinktrain.model.attention import Attend
 from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.places import Places
 from sinktrain.model.rotary import angle_dtype, apply_rotary, rotary_angles
+from sinktrain.model.sinks.base import NullSlot
 from sinktrain.streaming.blocks import MAX_SCORES, attend
 from sinktrain.streaming.layout import Layout
 from sinktrain.streaming.step import has_kernels
@@ -70,7 +73,7 @@ class PlainBand:
         network = model.config.network
         self.model, self.layout = model, layout
         self.num_heads, self.scale = network.num_attention_heads, network.head_dim**-0.5
-        self.rotary_ndims = network.rotary_ndims if layout.sinks else 0
+        self.places = Places(model, layout.sinks)
         self.age, self.num_tokens = 0, 0
         self.block_size = block_size or self._block_size(batch_size)
         sizes = (network.num_hidden_layers, batch_size, self.num_heads)
@@ -79,9 +82,10 @@ class PlainBand:
         held = (layout.window - 1) * self.is_folded
         self.held_keys = [model.embed_out.weight.new_zeros(*sizes[1:], held, network.head_dim)] * sizes[0]
         self.held_values = list(self.held_keys)
-        width = network.head_dim + self.rotary_ndims
-        self.sink_keys = model.embed_out.weight.new_zeros(*sizes, layout.sinks, width)
-        self.sink_values = torch.zeros_like(self.sink_keys)
+        # A null slot's, and the sinks' as they come; values as wide as keys, as ``attend`` wants them.
+        num_first, width = self.places.num_nulls + layout.sinks, self.places.width
+        self.first_keys = model.embed_out.weight.new_zeros(*sizes, num_first, width)
+        self.first_values = torch.zeros_like(self.first_keys)
         self._steady_mask: tuple[tuple[int, int], Tensor] | None = None
 
     def begin(self, num_tokens: int) -> None:
@@ -94,7 +98,7 @@ class PlainBand:
         self.num_folds = -(-num_tokens // self.fold)
         self.mask = self._mask()
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, null: NullSlot | None = None) -> Tensor:
         key = apply_rotary(k, *self.at_ring)
         keys = torch.cat((self.held_keys[layer], key), dim=2)
         values = torch.cat((self.held_values[layer], v), dim=2)
@@ -102,26 +106,28 @@ class PlainBand:
         self.held_keys[layer] = keys[:, :, keys.shape[2] - num_held :]
         self.held_values[layer] = values[:, :, values.shape[2] - num_held :]
 
-        query = apply_rotary(q, *self.at_ring)
-        if self.layout.sinks:
-            self._keep_sinks(layer, key, v)
-            at_sinks = apply_rotary(q, *self.at_sinks)[..., : self.rotary_ndims]
-            query = torch.cat((query, at_sinks), dim=-1)
-        query = self._folded_queries(query)
-        keys = self._folded_keys(keys, self.sink_keys[layer])
-        values = self._folded_keys(values, self.sink_values[layer])
+        if null is not None and self.age == 0:
+            self._keep_null(layer, null, v)
+        self._keep_sinks(layer, key, v)
+        query = self._folded_queries(self.places.queries(q, self.at_ring, self.at_sinks))
+        keys = self._folded_keys(keys, self.first_keys[layer])
+        values = self._folded_keys(values, self.first_values[layer])
         mixed = attend(query, keys, values, self.mask, self.scale)[..., : v.shape[-1]]
         mixed = mixed.reshape(len(q), self.num_heads, -1, v.shape[-1])
         return mixed[:, :, : self.num_tokens]
 
+    def _keep_null(self, layer: int, null: NullSlot, v: Tensor) -> None:
+        key, value = self.places.null(null, like=v)
+        self.first_keys[layer, :, :, :1] = key
+        self.first_values[layer, :, :, :1, : v.shape[-1]] = value
+
     def _keep_sinks(self, layer: int, key: Tensor, v: Tensor) -> None:
-        new = slice(self.age, min(self.layout.sinks, self.age + self.num_tokens))
-        count, rotated = new.stop - new.start, self.rotary_ndims
-        if count > 0:  # rotated part behind the rest, where ring keys have nothing
-            width = v.shape[-1]
-            self.sink_keys[layer, :, :, new, rotated:width] = key[:, :, :count, rotated:]
-            self.sink_keys[layer, :, :, new, width:] = key[:, :, :count, :rotated]
-            self.sink_values[layer, :, :, new, :width] = v[:, :, :count]
+        first, last = self.age, min(self.layout.sinks, self.age + self.num_tokens)
+        if last > first:
+            new = slice(self.places.num_nulls + first, self.places.num_nulls + last)
+            is_sink = torch.ones((), dtype=torch.bool, device=key.device)
+            self.first_keys[layer, :, :, new] = self.places.keys(key[:, :, : last - first], is_sink)
+            self.first_values[layer, :, :, new, : v.shape[-1]] = v[:, :, : last - first]
 
     def _folded_queries(self, query: Tensor) -> Tensor:
         """[batch, head, seq, head_dim] -> [batch, head x fold, seq, head_dim], the last fold filled up."""
@@ -129,9 +135,10 @@ class PlainBand:
         batch, _, _, width = query.shape
         return query.reshape(batch, -1, self.fold, width)
 
-    def _folded_keys(self, band: Tensor, sinks: Tensor) -> Tensor:
-        """Sinks and each fold's share of the band: [batch, head x fold, key, head_dim + rotary_ndims]."""
-        if not self.layout.sinks and self.num_folds == 1:
+    def _folded_keys(self, band: Tensor, first: Tensor) -> Tensor:
+        """What every query sees, and each fold's share of the band: [batch, head x fold, key, width]."""
+        num_first, full_width = first.shape[2:]
+        if not num_first and self.num_folds == 1:
             return band
         seq = band.shape[2] - self.num_tokens + self.num_folds * self.fold
         band = _filled_up(band, seq).contiguous()
@@ -139,15 +146,14 @@ class PlainBand:
         batch, heads, _, width = band.shape
         strides = (*band.stride()[:2], self.fold * width, width, 1)
         folds = band.as_strided((batch, heads, self.num_folds, per_fold, width), strides)
-        num_sinks = self.layout.sinks
-        shape = (batch, heads, self.num_folds, num_sinks + per_fold, width + self.rotary_ndims)
-        together = band.new_zeros(shape) if self.rotary_ndims else band.new_empty(shape)
-        together[:, :, :, :num_sinks] = sinks[:, :, None]
-        together[:, :, :, num_sinks:, :width] = folds
+        shape = (batch, heads, self.num_folds, num_first + per_fold, full_width)
+        together = band.new_zeros(shape) if full_width > width else band.new_empty(shape)
+        together[:, :, :, :num_first] = first[:, :, None]
+        together[:, :, :, num_first:, :width] = folds
         return together.flatten(1, 2)
 
     def _mask(self) -> Tensor:
-        """What each query sees, as an addend: float[1, head x fold or 1, seq, sink and key]."""
+        """What each query sees, as an addend: float[1, head x fold or 1, seq, first and key]."""
         sinks, window = self.layout.sinks, self.layout.window
         first_key = self.age - self.held_keys[0].shape[2]
         num_keys = self.age + self.fold - first_key
@@ -159,8 +165,8 @@ class PlainBand:
         query = (self.age + starts + torch.arange(self.fold, device=device))[:, :, None]
         key = (first_key + starts + torch.arange(num_keys, device=device))[:, None]
         in_band = (key <= query) & (key > query - window) & (key >= sinks)
-        in_sinks = torch.arange(sinks, device=device) <= query
-        visible = torch.cat((in_sinks, in_band), dim=-1)
+        in_first = torch.arange(-self.places.num_nulls, sinks, device=device) <= query
+        visible = torch.cat((in_first, in_band), dim=-1)
         mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=device)
         mask = mask.masked_fill_(~visible, -torch.inf)[None]
         if is_steady:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.rotary import rotary_angles
+from sinktrain.model.sinks.base import NullSlot
 from sinktrain.streaming import band_kernels
 from sinktrain.streaming.layout import Layout
 
@@ -45,6 +46,7 @@ class FusedBand:
         self.ring_values = torch.zeros_like(self.ring_keys)
         self.sink_keys = torch.zeros(*rows, self.sink_slots, self.head_dim, dtype=model.dtype, device=device)
         self.sink_values = torch.zeros_like(self.sink_keys)
+        self.nulls: dict[int, NullSlot] = {}
 
     def begin(self, num_tokens: int) -> None:
         assert num_tokens <= self.block_size, "the ring is too short for the block"
@@ -53,7 +55,7 @@ class FusedBand:
         self.at_ring = self._angles(ages)
         self.at_sinks = self._angles(ages.clamp(max=self.layout.num_slots - 1))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, null: NullSlot | None = None) -> Tensor:
         assert q.stride() == k.stride() == v.stride()
         assert q.stride(-1) == 1
         batch, heads, seq, head_dim = q.shape
@@ -73,12 +75,19 @@ class FusedBand:
         )  # fmt: skip
         out = torch.empty(batch, seq, heads, head_dim, dtype=q.dtype, device=q.device)
         band_kernels.band_attention[(triton.cdiv(seq, self.block_m), batch * heads)](
-            q, self.at_ring, self.at_sinks, keys, values, sink_keys, sink_values, out, self.age, seq,
-            head_dim**-0.5, *strides, num_sinks, self.window, ring_size, HAS_SINKS=num_sinks > 0, **sizes,
-            BLOCK_M=self.block_m, BLOCK_N=self.block_n, PRECISION=precision(q.dtype),
+            q, self.at_ring, self.at_sinks, keys, values, sink_keys, sink_values,
+            *self._in_front(layer, null), out, self.age, seq, head_dim**-0.5,
+            *strides, num_sinks, self.window, ring_size, HAS_SINKS=num_sinks > 0, HAS_NULL=null is not None,
+            **sizes, BLOCK_M=self.block_m, BLOCK_N=self.block_n, PRECISION=precision(q.dtype),
             num_warps=4 if head_dim <= 64 else 8, num_stages=3,
         )  # fmt: skip
         return out.transpose(1, 2)
+
+    def _in_front(self, layer: int, null: NullSlot | None) -> NullSlot:
+        """A layer's null slot as the kernel reads it, the same for all blocks."""
+        if layer not in self.nulls:
+            self.nulls[layer] = (null or NullSlot()).in_float32().in_front(self.model.rotary_steps)
+        return self.nulls[layer]
 
     def _angles(self, ages: Tensor) -> Tensor:
         """float32[token, cos or sin, HALF]."""

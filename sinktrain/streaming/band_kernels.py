@@ -111,12 +111,17 @@ def joined_tiles(
 
 @triton.jit(do_not_specialize=SIZES)
 def band_attention(
-    q, angles, sink_angles, ring_keys, ring_values, sink_keys, sink_values, out, age, num_tokens, scale,
+    q, angles, sink_angles, ring_keys, ring_values, sink_keys, sink_values, null_key, null_score, null_value,
+    out, age, num_tokens, scale,
     stride_b, stride_h, stride_t, num_heads, num_sinks, window, ring_size,
-    HAS_SINKS: tl.constexpr, SINK_SLOTS: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_NULL: tl.constexpr, SINK_SLOTS: tl.constexpr, HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Mix the values of what each query sees. Grid: (tokens, batch x head); ``out`` is [batch, token, head, d]."""
+    """Mix the values of what each query sees. Grid: (tokens, batch x head); ``out`` is [batch, token, head, d].
+
+    A null slot's key and value are float32[head, d], rotated, its score is float32[head]; each may be None.
+    """
     stream = tl.program_id(1).to(tl.int64)
     first_token = tl.program_id(0) * BLOCK_M
     token = first_token + tl.arange(0, BLOCK_M)
@@ -131,8 +136,21 @@ def band_attention(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_SINKS or null_key is not None:
+        at_sinks = rotated(q + start, sink_angles, token, d, in_block, stride_t, HALF, HEAD_DIM)
+    if HAS_NULL:  # the first that the softmax sees
+        head = stream % num_heads
+        top = tl.zeros([BLOCK_M], tl.float32)
+        if null_score is not None:
+            top += tl.load(null_score + head) * LOG2_E
+        if null_key is not None:
+            part = tl.load(null_key + head * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+            top += tl.sum(at_sinks * part[None, :], 1) * scale
+        total += 1.0
+        if null_value is not None:
+            mixed += tl.load(null_value + head * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)[None, :]
     if HAS_SINKS:
-        query = rotated(q + start, sink_angles, token, d, in_block, stride_t, HALF, HEAD_DIM).to(dtype)
+        query = at_sinks.to(dtype)
         sink = tl.arange(0, SINK_SLOTS)
         place = (stream * SINK_SLOTS + sink)[:, None] * HEAD_DIM + d[None, :]
         key = tl.load(sink_keys + place, mask=(d < HEAD_DIM)[None, :], other=0.0)

@@ -1,7 +1,7 @@
 """One decoding step by the kernels of ``sinktrain.streaming.kernels``: what a CUDA graph replays.
 
-Three kernels a layer: both LayerNorms with the query-key-value product and the MLP's first; the
-attention; and both products that return to the residual. With several rows the products run on the
+Three kernels a layer: both LayerNorms with the query-key-value product, the MLP's first and the gates of
+heads; the attention; and both products that return to the residual. With several rows the products run on the
 tensor cores, where the LayerNorms are a kernel of their own.
 
 Tile sizes were chosen on an H100 80GB with Pythia's shapes, bfloat16, 1+1023; rows 1 and 32.
@@ -16,6 +16,8 @@ import triton
 from torch import Tensor, nn
 
 from sinktrain.model.neox import GPTNeoX, Layer
+from sinktrain.model.places import null_slots
+from sinktrain.model.sinks.base import NullSlot
 from sinktrain.streaming import kernels
 from sinktrain.streaming.ring import RingCache
 
@@ -35,7 +37,8 @@ class FusedStep:
     """Feeds one token to every stream of a cache. Its buffers are its own; weights and cache are shared.
 
     Args:
-        model: in float32, float16 or bfloat16.
+        model: in float32, float16 or bfloat16; its null slots are read now, all other weights at every call.
+            Its sink kind scales the heads' output by its ``output_gate`` if at all.
         cache: whose rows get a token each.
         tokens: int64[batch], read at every call.
         use_pdl: let each kernel begin while its predecessor runs (compute capability 9 and later).
@@ -51,6 +54,10 @@ class FusedStep:
         self.activation = ACTIVATIONS[network.hidden_act]
         self.launch: dict[str, Any] = {"PDL": use_pdl, **({"launch_pdl": True} if use_pdl else {})}
         self._split_slots()
+        self.nulls = [
+            None if null is None else null.in_float32().in_front(model.rotary_steps)
+            for null in null_slots(model)
+        ]
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=model.device)
@@ -59,6 +66,7 @@ class FusedStep:
         self.step_ages = buffer(rows, dtype=torch.int64)
         self.angles = buffer(rows, 4, max(1, self.half))
         self.hidden, self.qkv = buffer(rows, self.width), buffer(rows, 3 * self.width)
+        self.gates = buffer(rows, self.num_heads)
         self.normed_a, self.normed_b = (buffer(rows, self.width, dtype=model.dtype) for _ in range(2))
         self.mixed = buffer(rows, self.width, dtype=inner_dtype)
         self.wide = buffer(rows, self.inner, dtype=inner_dtype)
@@ -84,16 +92,16 @@ class FusedStep:
         return self.logits
 
     def _layer(self, index: int, layer: Layer) -> None:
-        attention, mlp = layer.attention, layer.mlp
+        attention, mlp, gate = layer.attention, layer.mlp, layer.attention.sink.output_gate()
         fused = (layer.input_layernorm, attention.query_key_value, self.qkv, "none")
         up = (layer.post_attention_layernorm, mlp.dense_h_to_4h, self.wide, self.activation)
         if layer.use_parallel_residual:
-            self._norm_linear(fused, up)
-            self._attend(index)
+            self._norm_linear(fused, up, gate)
+            self._attend(index, gate is not None)
             self._residual_linear((self.mixed, attention.dense), (self.wide, mlp.dense_4h_to_h))
         else:
-            self._norm_linear(fused)
-            self._attend(index)
+            self._norm_linear(fused, gate=gate)
+            self._attend(index, gate is not None)
             self._residual_linear((self.mixed, attention.dense))
             self._norm_linear(up)
             self._residual_linear((self.wide, mlp.dense_4h_to_h))
@@ -131,18 +139,22 @@ class FusedStep:
         self.tiles = triton.cdiv(num_tiles, splits)
         self.splits = triton.cdiv(num_tiles, self.tiles)
 
-    def _attend(self, index: int) -> None:
+    def _attend(self, index: int, is_gated: bool) -> None:
+        null = self.nulls[index]
         kernels.ring_attend[(self.splits, self.num_heads, self.rows)](
             self.qkv,
             self.angles,
             self.step_ages,
             self.cache.keys[index],
             self.cache.values[index],
+            *(null or NullSlot()),
+            self.gates if is_gated else None,
             self.partial_mixes,
             self.partial_stats,
             self.arrivals,
             self.mixed,
             self.head_dim**-0.5,
+            HAS_NULL=null is not None,
             **self._layout(),
             HEADS=self.num_heads,
             HEAD_DIM=self.head_dim,
@@ -160,16 +172,18 @@ class FusedStep:
         layout = self.cache.layout
         return {"SINKS": layout.sinks, "WINDOW": layout.window, "RING": self.cache.ring_size}
 
-    def _norm_linear(self, a: _NormLinear, b: _NormLinear | None = None) -> None:
-        """out = activation(linear(norm(hidden))), of one or of two at once."""
+    def _norm_linear(
+        self, a: _NormLinear, b: _NormLinear | None = None, gate: nn.Linear | None = None
+    ) -> None:
+        """out = activation(linear(norm(hidden))), of one or of two at once; the gates take the norm of a."""
         norm_a, linear_a, out_a, activation_a = a
         norm_b, linear_b, out_b, activation_b = b or (None, None, None, "none")
         norms = (_weights(norm_a), _weights(norm_b))
         weights = (_weights(linear_a), _weights(linear_b))
-        n_a, n_b = out_a.shape[1], 0 if out_b is None else out_b.shape[1]
+        gates = (*_weights(gate), None if gate is None else self.gates)
+        sizes = [0 if out is None else out.shape[1] for out in (out_a, out_b, gates[-1])]
         constants = {
-            "N_A": n_a,
-            "N_B": n_b,
+            **dict(zip(("N_A", "N_B", "N_GATES"), sizes, strict=True)),
             "K": self.width,
             "ACTIVATION_A": activation_a,
             "ACTIVATION_B": activation_b,
@@ -178,7 +192,7 @@ class FusedStep:
         block_k = triton.next_power_of_2(self.width)
         if self.rows == 1:
             block_n = max(1, 4096 // block_k)
-            kernels.norm_matvec[(triton.cdiv(n_a, block_n) + triton.cdiv(n_b, block_n),)](
+            kernels.norm_matvec[(sum(triton.cdiv(n, block_n) for n in sizes),)](
                 self.hidden,
                 *norms[0],
                 *weights[0],
@@ -186,6 +200,7 @@ class FusedStep:
                 *norms[1],
                 *weights[1],
                 out_b,
+                *gates,
                 self.eps,
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
@@ -206,8 +221,8 @@ class FusedStep:
             BLOCK_K=block_k,
             **self.launch,
         )
-        tile = self._matrix_tile(64 if n_a > 16 * self.width else 32)
-        tiles = triton.cdiv(n_a, tile["BLOCK_N"]) + triton.cdiv(n_b, tile["BLOCK_N"])
+        tile = self._matrix_tile(64 if sizes[0] > 16 * self.width else 32)
+        tiles = sum(triton.cdiv(n, tile["BLOCK_N"]) for n in sizes)
         kernels.matmul[(tiles, triton.cdiv(self.rows, tile["BLOCK_M"]))](
             self.rows,
             self.normed_a,
@@ -216,6 +231,7 @@ class FusedStep:
             normed_b,
             *weights[1],
             out_b,
+            *gates,
             **tile,
             **constants,
         )

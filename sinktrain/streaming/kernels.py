@@ -63,23 +63,30 @@ def begin_step(
 @triton.jit
 def norm_matvec(
     hidden,
-    gain_a, shift_a, weight_a, bias_a, out_a, gain_b, shift_b, weight_b, bias_b, out_b, eps,
-    N_A: tl.constexpr, N_B: tl.constexpr, K: tl.constexpr,
+    gain_a, shift_a, weight_a, bias_a, out_a, gain_b, shift_b, weight_b, bias_b, out_b,
+    weight_gates, bias_gates, gates, eps,
+    N_A: tl.constexpr, N_B: tl.constexpr, N_GATES: tl.constexpr, K: tl.constexpr,
     ACTIVATION_A: tl.constexpr, ACTIVATION_B: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row: out_a = linear_a(norm_a(hidden)), out_b = activation(linear_b(norm_b(hidden))).
+    """One row: out = activation(linear(norm(hidden))), of a and b; gates = sigmoid(linear(norm_a(hidden))).
 
-    Grid: (tiles of N_A and then of N_B,). A bias, or all of b where N_B is 0, may be None.
+    Grid: (tiles of N_A, then of N_B, then of N_GATES,). A bias may be None, and so may all of b or of the gates
+    where their N is 0.
     """
     if PDL:
         gdc_launch_dependents()
     tile = tl.program_id(0)
-    if tile < tl.cdiv(N_A, BLOCK_N):
+    first_b = tl.cdiv(N_A, BLOCK_N)
+    first_gates = first_b + tl.cdiv(N_B, BLOCK_N)
+    if N_GATES > 0:  # asked first, which costs a quarter fewer registers than asked last
+        if tile >= first_gates:
+            _norm_matvec(hidden, gain_a, shift_a, weight_gates, bias_gates, gates, eps, tile - first_gates, N_GATES, K, "sigmoid", BLOCK_N, BLOCK_K, PDL)  # fmt: skip
+    if tile < first_b:
         _norm_matvec(hidden, gain_a, shift_a, weight_a, bias_a, out_a, eps, tile, N_A, K, ACTIVATION_A, BLOCK_N, BLOCK_K, PDL)  # fmt: skip
-    elif N_B > 0:
-        tile -= tl.cdiv(N_A, BLOCK_N)
-        _norm_matvec(hidden, gain_b, shift_b, weight_b, bias_b, out_b, eps, tile, N_B, K, ACTIVATION_B, BLOCK_N, BLOCK_K, PDL)  # fmt: skip
+    elif tile < first_gates:
+        if N_B > 0:
+            _norm_matvec(hidden, gain_b, shift_b, weight_b, bias_b, out_b, eps, tile - first_b, N_B, K, ACTIVATION_B, BLOCK_N, BLOCK_K, PDL)  # fmt: skip
 
 
 @triton.jit
@@ -156,22 +163,34 @@ def norm_rows(
 
 @triton.jit
 def matmul(
-    rows, x_a, weight_a, bias_a, out_a, x_b, weight_b, bias_b, out_b,
-    N_A: tl.constexpr, N_B: tl.constexpr, K: tl.constexpr,
+    rows, x_a, weight_a, bias_a, out_a, x_b, weight_b, bias_b, out_b, weight_gates, bias_gates, gates,
+    N_A: tl.constexpr, N_B: tl.constexpr, N_GATES: tl.constexpr, K: tl.constexpr,
     ACTIVATION_A: tl.constexpr, ACTIVATION_B: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out_a = activation_a(linear_a(x_a)), and b. Grid: (tiles of N_A and then of N_B, tiles of rows)."""
+    """out = activation(linear(x)), of a and b; gates = sigmoid(linear(x_a)).
+
+    Grid: (tiles of N_A, then of N_B, then of N_GATES, tiles of rows).
+    """
     tile = tl.program_id(0)
-    if tile < tl.cdiv(N_A, BLOCK_N):
+    first_b = tl.cdiv(N_A, BLOCK_N)
+    first_gates = first_b + tl.cdiv(N_B, BLOCK_N)
+    if N_GATES > 0:
+        if tile >= first_gates:
+            _matmul(
+                rows, x_a, weight_gates, bias_gates, gates, tile - first_gates, N_GATES, K, "sigmoid",
+                BLOCK_M, BLOCK_N, BLOCK_K, PDL,
+            )  # fmt: skip
+    if tile < first_b:
         _matmul(
             rows, x_a, weight_a, bias_a, out_a, tile, N_A, K, ACTIVATION_A, BLOCK_M, BLOCK_N, BLOCK_K, PDL
         )
-    elif N_B > 0:
-        tile -= tl.cdiv(N_A, BLOCK_N)
-        _matmul(
-            rows, x_b, weight_b, bias_b, out_b, tile, N_B, K, ACTIVATION_B, BLOCK_M, BLOCK_N, BLOCK_K, PDL
-        )
+    elif tile < first_gates:
+        if N_B > 0:
+            tile -= first_b
+            _matmul(
+                rows, x_b, weight_b, bias_b, out_b, tile, N_B, K, ACTIVATION_B, BLOCK_M, BLOCK_N, BLOCK_K, PDL
+            )
 
 
 @triton.jit
@@ -280,8 +299,9 @@ def _activations(x, m, rows, first, length, K: tl.constexpr, BLOCK_K: tl.constex
 
 @triton.jit
 def ring_attend(
-    qkv, angles, step_ages, keys, values, partials, stats, arrivals, out, scale,
-    SINKS: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
+    qkv, angles, step_ages, keys, values, null_key, null_score, null_value, gates,
+    partials, stats, arrivals, out, scale,
+    HAS_NULL: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr,
@@ -289,7 +309,9 @@ def ring_attend(
     """One query a row against its ring, the new key and value written into it. Grid: (SPLITS, HEADS, rows).
 
     ``qkv`` is float32[row, HEADS, 3, HEAD_DIM], unrotated; ``keys`` and ``values`` are one layer's
-    [row, HEADS, SINKS + RING, HEAD_DIM]; ``out`` is float32[row, HEADS, HEAD_DIM].
+    [row, HEADS, SINKS + RING, HEAD_DIM]; ``out`` is float32[row, HEADS, HEAD_DIM]. A null slot's key and value
+    are float32[HEADS, HEAD_DIM], rotated, its score is float32[HEADS]; each may be None. So may ``gates``,
+    float32[row, HEADS], which multiply the output.
     """
     if PDL and TILES == 1:
         gdc_launch_dependents()
@@ -299,10 +321,16 @@ def ring_attend(
     slot = split * TILES * BLOCK_S + tl.arange(0, BLOCK_S)
     k = _slot_rows(keys + slots, slot, d, SINKS + RING, HEAD_DIM)
     v = _slot_rows(values + slots, slot, d, SINKS + RING, HEAD_DIM)
+    if HAS_NULL:
+        k_null = _or_zero(null_key, head * HEAD_DIM + d, d < HEAD_DIM)
+        v_null = _or_zero(null_value, head * HEAD_DIM + d, d < HEAD_DIM)
+        score_null = _or_zero(null_score, head, head < HEADS) * LOG2_E
     if PDL:
         gdc_wait()
 
     age = tl.load(step_ages + row)
+    if gates is not None:
+        gate = tl.load(gates + stream)
     is_rotated = d < 2 * HALF
     frequency = tl.where(d < HALF, d, d - HALF)
     from_angles = angles + row * 4 * HALF + frequency
@@ -329,12 +357,19 @@ def ring_attend(
         tl.store(keys + slots + own_slot * HEAD_DIM + d, k_own, mask=is_d)
         tl.store(values + slots + own_slot * HEAD_DIM + d, v_own, mask=is_d)
 
-    # Split 0 begins with the token itself, so that no tile has to be mended with it.
+    # Split 0 begins with the token itself, so that no tile has to be mended with it, and with a null slot.
     is_first = split == 0
     own_score = tl.sum(k_own.to(tl.float32) * tl.where(is_sink, q_sink, q_ring), axis=0)
-    top = tl.where(is_first, own_score, -1e30)
-    mass = tl.where(is_first, 1.0, 0.0)
-    mixed = tl.where(is_first, v_own.to(tl.float32), 0)
+    first_top, first_mass, first_mixed = own_score, 1.0, v_own.to(tl.float32)
+    if HAS_NULL:
+        if null_key is not None:
+            score_null += tl.sum(k_null * q_sink, axis=0)
+        first_top = tl.maximum(own_score, score_null)
+        p_own, p_null = tl.exp2(own_score - first_top), tl.exp2(score_null - first_top)
+        first_mass, first_mixed = p_own + p_null, p_own * first_mixed + p_null * v_null
+    top = tl.where(is_first, first_top, -1e30)
+    mass = tl.where(is_first, first_mass, 0.0)
+    mixed = tl.where(is_first, first_mixed, 0)
     end = tl.minimum((split + 1) * TILES * BLOCK_S, SINKS + RING)
     for _ in tl.range(TILES, num_stages=1):
         if TILES > 1:  # loaded while this tile is computed
@@ -349,7 +384,10 @@ def ring_attend(
     if PDL and TILES > 1:
         gdc_launch_dependents()
     if SPLITS == 1:
-        tl.store(out + stream * HEAD_DIM + d, mixed / mass, mask=is_d)
+        total = mixed / mass
+        if gates is not None:
+            total *= gate
+        tl.store(out + stream * HEAD_DIM + d, total, mask=is_d)
     else:
         part = stream * SPLITS + split
         tl.store(partials + part * HEAD_DIM + d, mixed, mask=is_d)
@@ -364,6 +402,8 @@ def ring_attend(
             rows = partials + parts[:, None] * HEAD_DIM + d[None, :]
             mixes = tl.load(rows, mask=is_part[:, None] & is_d[None, :], other=0, cache_modifier=".cg")
             total = tl.sum(mixes * share[:, None], axis=0) / tl.sum(masses * share, axis=0)
+            if gates is not None:
+                total *= gate
             tl.store(out + stream * HEAD_DIM + d, total, mask=is_d)
 
 
@@ -414,6 +454,14 @@ def _bias(bias, n, N: tl.constexpr):
 
 
 @triton.jit
+def _or_zero(values, at, inside):
+    found = at.to(tl.float32) * 0
+    if values is not None:
+        found += tl.load(values + at, mask=inside, other=0)
+    return found
+
+
+@triton.jit
 def _weight_rows(weight, n, k, N: tl.constexpr, K: tl.constexpr):
     inside = (n < N)[:, None] & (k < K)[None, :]
     return tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0)
@@ -435,4 +483,6 @@ def _activated(x, ACTIVATION: tl.constexpr):
         x = tl.maximum(x, 0)
     elif ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
+    elif ACTIVATION == "sigmoid":
+        x = tl.sigmoid(x)
     return x

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sinktrain.model.neox import GPTNeoX, Layer
+from sinktrain.model.places import null_slots
 from sinktrain.model.rotary import angle_dtype, rotary_angles
+from sinktrain.model.sinks.base import NullSlot
 from sinktrain.streaming.ring import RingCache
 
 
@@ -22,7 +24,7 @@ class PlainStep:
     """Feeds one token to every stream of a cache, reading it in place.
 
     Args:
-        model: in any dtype.
+        model: in any dtype; its null slots are read now, all other weights at every call.
         cache: whose rows get a token each.
         tokens: int64[batch], read at every call.
     """
@@ -32,6 +34,10 @@ class PlainStep:
         # Half-precision scores would cost more than all other roundings together.
         self.exact = angle_dtype(model.dtype)
         self.rotations = _Rotations(model, cache, self.exact)
+        self.nulls = [
+            None if null is None else _Null(model, null, cache.batch_size, self.exact)
+            for null in null_slots(model)
+        ]
         self.rows = torch.arange(cache.batch_size, device=model.device)
         self.has_one_shape = model.device.type == "cuda"  # for a graph; elsewhere empty slots are not read
         self.written = list(zip(cache.keys, cache.values, strict=True))  # of each layer
@@ -66,9 +72,12 @@ class PlainStep:
         self.unseen = None if is_all_seen else ~cache.visible(cache.age, held)[:, None]
 
     def _layer(self, index: int, layer: Layer, hidden: Tensor) -> Tensor:
-        fused = _linear(layer.attention.query_key_value, _normed(layer.input_layernorm, hidden))
-        mixed = self._attend(index, fused)
-        attended = _linear(layer.attention.dense, mixed).add_(hidden)
+        attention, normed = layer.attention, _normed(layer.input_layernorm, hidden)
+        mixed = self._attend(index, _linear(attention.query_key_value, normed))
+        scale = attention.sink.output_scale(normed)
+        if scale is not None:
+            mixed = mixed.view(*scale.shape, -1).mul_(scale.unsqueeze(-1)).view_as(mixed)
+        attended = _linear(attention.dense, mixed).add_(hidden)
         mlp_input = hidden if layer.use_parallel_residual else attended
         wide = _linear(layer.mlp.dense_h_to_4h, _normed(layer.post_attention_layernorm, mlp_input))
         is_gelu = layer.mlp.activation is F.gelu and wide.dtype == self.exact
@@ -93,7 +102,12 @@ class PlainStep:
             scores[:, :, : sink_keys.shape[2]] = torch.bmm(turned[:, :1, 2], sink_keys)
         if self.unseen is not None:
             scores = scores.view(batch, heads, -1).masked_fill_(self.unseen, -torch.inf).view_as(scores)
-        return torch.bmm(scores.softmax(dim=-1), values).view(batch, -1).to(fused.dtype)
+        null = self.nulls[index]
+        if null is None:
+            mixed = torch.bmm(scores.softmax(dim=-1), values)
+        else:
+            mixed = null.mix(turned[:, :1, 2], scores, values)
+        return mixed.view(batch, -1).to(fused.dtype)
 
     def _write(self, index: int, key: Tensor, value: Tensor) -> None:
         keys, values = self.written[index]
@@ -103,6 +117,36 @@ class PlainStep:
         else:
             keys[self.rows, :, self.own_slots] = key.to(keys.dtype)
             values[self.rows, :, self.own_slots] = value
+
+
+class _Null:
+    """A layer's null slot as batched products take it, once for each head of each row."""
+
+    def __init__(self, model: GPTNeoX, null: NullSlot, rows: int, dtype: torch.dtype) -> None:
+        key, score, value = (None if part is None else part.detach().to(dtype) for part in null)
+        key = NullSlot(key).in_front(model.rotary_steps).key
+        num_heads = model.config.network.num_attention_heads
+        if score is None:
+            score = torch.zeros(num_heads, dtype=dtype, device=model.device)
+        self.score = score.view(-1, 1, 1).repeat(rows, 1, 1)
+        self.key = None if key is None else key[:, :, None].repeat(rows, 1, 1)
+        self.value = None if value is None else value[:, None].repeat(rows, 1, 1)
+
+    def mix(self, at_sinks: Tensor, scores: Tensor, values: Tensor) -> Tensor:
+        """Attention with one more slot.
+
+        Args:
+            at_sinks: float[batch x head, 1, head_dim], queries as they meet sinks, scaled.
+            scores: float[batch x head, 1, slot], of the other slots.
+            values: float[batch x head, slot, head_dim].
+
+        Returns:
+            float[batch x head, 1, head_dim].
+        """
+        own = self.score if self.key is None else torch.baddbmm(self.score, at_sinks, self.key)
+        weights = torch.cat((own, scores), dim=-1).softmax(dim=-1)
+        mixed = torch.bmm(weights[:, :, 1:], values)
+        return mixed if self.value is None else mixed.addcmul_(weights[:, :, :1], self.value)
 
 
 class _Rotations:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sinktrain.model.neox import GPTNeoX
+from sinktrain.model.neox import GPTNeoX, Layer
 from sinktrain.streaming.plain import PlainStep
 from sinktrain.streaming.ring import RingCache
 
@@ -19,9 +19,9 @@ def make_step(model: GPTNeoX, cache: RingCache, tokens: Tensor) -> Callable[[], 
     """A function that feeds ``tokens``, int64[batch], as they are when it is called.
 
     It returns logits, float[batch, vocab], has one shape for all ages, and moves the rows' ages on the
-    device alone. It is Triton's kernels where ``has_kernels``.
+    device alone. It is Triton's kernels where ``has_kernels`` and they know what scales the heads' output.
     """
-    if has_kernels(model):
+    if has_kernels(model) and all(map(has_gate_or_no_scale, model.gpt_neox.layers)):
         from sinktrain.streaming.fused import FusedStep
 
         has_pdl = torch.cuda.get_device_capability(model.device) >= (9, 0)
@@ -32,6 +32,13 @@ def make_step(model: GPTNeoX, cache: RingCache, tokens: Tensor) -> Callable[[], 
 def has_kernels(model: GPTNeoX) -> bool:
     """Whether Triton's kernels take this model: on CUDA, in float32 and the half precisions."""
     return model.device.type == "cuda" and model.dtype in FUSED_DTYPES and find_spec("triton") is not None
+
+
+def has_gate_or_no_scale(layer: nn.Module) -> bool:
+    """Whether the sink kind scales the heads' output by its ``output_gate``, or not at all."""
+    assert isinstance(layer, Layer)
+    sink, x = layer.attention.sink, layer.input_layernorm.weight.detach()  # any x would do
+    return sink.output_gate() is not None or sink.output_scale(x) is None
 
 
 class Replayed:
