@@ -20,22 +20,30 @@ NUM_LAYERS, NUM_HEADS = 2, 2
 COST_OF_SLOTS = {
     "vanilla": {0: 0.0830, 1: 0.0112, 2: 0.0041, 4: 0.0},
     "sink": {0: 0.9240, 1: 0.0, 2: 0.0006, 4: 0.0011},
+    "zero": {0: 1.2710, 1: 0.0231, 2: 0.0042, 4: 0.0},
+    "gate": {0: 0.0014, 1: 0.0, 2: 0.0003, 4: 0.0001},
 }
-OWN_LOSS = {"vanilla": 4.1720, "sink": 4.1583}
+OWN_LOSS = {"vanilla": 4.1720, "sink": 4.1583, "zero": 4.1964, "gate": 4.1551}
+KINDS = {"vanilla": "none", "sink": "token", "zero": "zero", "gate": "gate"}
+NULL_MASS = {"zero": {"trained": 0.31, "initial": 0.04}, "gate": {"trained": 0.62, "initial": 0.5}}
+"""By arm and weights; of the gate, a proxy."""
 
 
-def example_results(texts: Iterable[str] = ("book.txt",), seeds: bool = False) -> dict[str, Any]:
-    """Two arms of two layers and two heads, in layouts of 32 and 64 slots, under all three policies.
+def example_results(
+    texts: Iterable[str] = ("book.txt",), seeds: bool = False, arms: Iterable[str] = ("vanilla", "sink")
+) -> dict[str, Any]:
+    """Arms of two layers and two heads, in layouts of 32 and 64 slots, under all three policies.
 
     Args:
         texts: names of the texts that were scored.
         seeds: three seeds of each arm, compared over seeds besides, instead of one.
+        arms: of ``KINDS``.
     """
     draw = random.Random(2309)
     models = [
         _model(arm, seed, f"{arm}-seed{seed}" if seeds else arm)
         for seed in ((1, 2, 3) if seeds else (1,))
-        for arm in ("vanilla", "sink")
+        for arm in arms
     ]
     texts = list(texts)
     perplexity = [row for text in texts for model in models for row in _perplexities(model, text, draw)]
@@ -55,7 +63,9 @@ def example_results(texts: Iterable[str] = ("book.txt",), seeds: bool = False) -
         "norms": [row for model in models for row in _norms(model, draw)],
         "removal": [row for text in texts for model in models for row in _removals(model, text, perplexity)],
         "streameval": [row for model in models for row in _stream_evals(model)],
-        "quantized": [],
+        "quantized": [
+            row for text in texts for model in models for row in _quantized(model, text, perplexity)
+        ],
         "verified": [row for text in texts for model in models for row in _verified(model, text, draw)],
         "failed": [{"model": "half-written", "error": "ModelError: model.safetensors is cut off"}],
     }
@@ -86,7 +96,8 @@ def _model(arm: str, seed: int, name: str) -> Row:
         "name": name,
         "source": f"runs/{name}",
         "parameters": 1_104_512 if is_sink else 1_104_384,
-        "sink": {"kind": "token" if is_sink else "none", "count": int(is_sink), "token_ids": [512][:is_sink]},
+        "sink": {"kind": KINDS[arm], "count": int(is_sink), "token_ids": [512][:is_sink]},
+        "sink_about": f"what {arm} is, in a clause",
         "tokens_seen": 3_276_800,
         "seed": seed,
         "arm": arm,
@@ -140,7 +151,7 @@ def _pairs(models: list[Row], perplexity: list[Row], text: str, draw: random.Ran
             other = found.get((first["name"], *setting))
             if name == second["name"] and other is not None:
                 rows.append(_pair(row, other, draw))
-        for length in LENGTHS if first["arm"] != second["arm"] else ():
+        for length in LENGTHS if first["sink"]["count"] != second["sink"]["count"] else ():
             a, b = (
                 found[model["name"], "streaming", model["sink"]["count"] or 4, length]
                 for model in (second, first)
@@ -260,11 +271,57 @@ def _removals(model: Row, text: str, perplexity: list[Row]) -> list[Row]:
     return rows
 
 
+def _quantized(model: Row, text: str, perplexity: list[Row]) -> list[Row]:
+    """Static scales suffer where the sink's slot is in the statistics; 4 bits cost more than 8."""
+    slots = model["sink"]["count"] or 4
+    [streaming] = [
+        row["loss_nats"]
+        for row in perplexity
+        if (row["model"], row["text"], row["policy"]) == (model["name"], text, "streaming")
+        and (row["sinks"], row["window"]) == (slots, 64 - slots)
+    ]
+    rows, of_kind = [], 0.6 if model["sink"]["count"] else 1.0
+    for scheme, cost in (("w8a8-static", 0.0093), ("w8a8-token", 0.0021), ("kv8", 0.0004), ("kv4", 0.0312)):
+        for in_statistics in (True, False) if scheme == "w8a8-static" else (None,):
+            for is_kept in (False, True):
+                own = of_kind * cost * (24.0 if in_statistics else 1.0) * (0.8 if is_kept else 1.0)
+                for policy, sinks, window, loss in (
+                    ("streaming", slots, 64 - slots, streaming),
+                    ("dense", 0, 128, streaming - 0.04),
+                ):
+                    delta = own * (1.1 if policy == "dense" else 1.0)
+                    half = 0.0007 + 0.05 * delta
+                    rows.append(
+                        {
+                            "model": model["name"],
+                            "text": text,
+                            "policy": policy,
+                            "sinks": sinks,
+                            "window": window,
+                            "scheme": scheme,
+                            "num_sink_slots": slots,
+                            "sink_in_full_precision": is_kept,
+                            "sink_in_statistics": in_statistics,
+                            "calibration_tokens": None if in_statistics is None else 2_500,
+                            "tokens_scored": TOKENS_SCORED,
+                            "loss_nats": loss,
+                            "quantized_loss_nats": loss + delta,
+                            "delta_nats": delta,
+                            "ci95": [delta - half, delta + half],
+                            "p": math.erfc(delta / (half / 1.96) / math.sqrt(2)),
+                            "interval": "text",
+                            "dtype": "float32",
+                        }
+                    )
+    return rows
+
+
 # -- sinks inside the network -----------------------------------------------------------------------
 
 
 def _sink_metrics(model: Row, draw: random.Random) -> list[Row]:
     is_sink = model["sink"]["count"] > 0
+    has_null = model["arm"] == "zero"
     trained = [0.47, 0.021, 0.0, 0.0] if is_sink else [0.09, 0.004, 0.0, 0.0]
     return [
         {
@@ -277,8 +334,8 @@ def _sink_metrics(model: Row, draw: random.Random) -> list[Row]:
             "is_sink": is_sink and position == 0,
             "value": min(1.0, value * (0.95 + 0.1 * draw.random())),
         }
-        for weights, values in (("trained", trained), ("initial", [0.0] * 4))
-        for position, value in enumerate(values)
+        for weights, values in (("trained", [0.38] * has_null + trained), ("initial", [0.0] * (4 + has_null)))
+        for position, value in enumerate(values, -has_null)
     ]
 
 
@@ -301,7 +358,8 @@ def _attention(model: Row, draw: random.Random) -> list[Row]:
                         "num_sequences": 16,
                         "mass": mass,
                         "sink_mass": first if own else None,
-                        "null_mass": 0.0,
+                        "null_mass": NULL_MASS.get(model["arm"], {}).get(weights, 0.0),
+                        "null_mass_is_proxy": model["arm"] == "gate",
                         "top_positions": [0, 1, 2, 3, 19],
                         "top_mass": [*mass[:4], 0.031],
                         "value_norm_ratio": 1.0 - 0.9 * grown,

@@ -281,6 +281,14 @@ MISTAKES = [
         "--tasks none,latency: none stands alone; leave it or the others out",
     ),
     (
+        f"{COMPARE} --text {{home}}/text.txt --quantize kv8,w8a8",
+        '--quantize "w8a8" is not one of w8a8-static, w8a8-token, kv8, kv4, all',
+    ),
+    (
+        f"{COMPARE} --text {{home}}/text.txt --quantize all,kv4",
+        "--quantize all,kv4: all stands alone; leave it or the others out",
+    ),
+    (
         f"{COMPARE} --text {{home}}/text.txt --streams 0",
         "argument --streams: 0 is not a number of streams; use 1 or more",
     ),
@@ -635,6 +643,7 @@ def test_compare_json_is_the_content_of_results(run: Run, home: Path, tmp_path: 
     results = from_json(said)
     assert results == json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["environment"]["max_tokens"] is None
+    assert results["quantized"] == []  # unless asked for
     assert [model["name"] for model in results["models"]] == ["vanilla", "sink"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_model, write_run
+from tiny_models import FACTS, tiny_model, write_checkpoint, write_run
 from tiny_runs import TEXT, tiny_tokenizer, write_text_run
 from tiny_shards import write_shards
 
@@ -26,7 +27,13 @@ from sinktrain.evaluation.compare import TASKS, Comparison, compare
 from sinktrain.evaluation.statistics import by_position, mean_interval, paired_difference
 from sinktrain.evaluation.timing import free_bytes
 from sinktrain.model.checkpoints import load_model
+from sinktrain.model.config import SinkConfig
+from sinktrain.model.sinks.base import KINDS
+from sinktrain.report.findings import verdict_sentences
+from sinktrain.report.markdown import results_markdown
+from sinktrain.report.page import report_page
 from sinktrain.report.reading import results_validator
+from sinktrain.report.terminal import terminal_table
 from sinktrain.streaming.blockwise import stream_loss
 from sinktrain.streaming.layout import Layout
 
@@ -94,6 +101,98 @@ def scored_losses(home: Path, model: str, layout: Layout) -> np.ndarray[Any, Any
     return losses[:, len(network.sink_ids) + N - 1 :].double().numpy()
 
 
+# -- every kind of sink -----------------------------------------------------------------------------
+
+
+def write_kind_run(folder: Path, kind: str, seed: int) -> None:
+    tokenizer = tiny_tokenizer()
+    sink = SinkConfig(kind, 1, tokenizer.sink_token_ids[: int(KINDS[kind].has_tokens)])
+    sizes = {"vocab_size": tokenizer.padded_vocab_size, "max_position_embeddings": 2 * N}
+    model = tiny_model(sink=sink, seed=seed, **sizes)
+    write_checkpoint(model, folder / "checkpoints" / "last.ckpt", FACTS | {"arm": kind, "seed": seed})
+    tokenizer.save(folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def of_kinds(home: Path) -> Results:
+    """One model of each kind, in float64, under every policy."""
+    for kind in sorted(KINDS):
+        write_kind_run(home / "kinds" / kind, kind, seed=1)
+    request = asked(home / "kinds", *sorted(KINDS), texts=[Source(str(home / "text.txt"))])
+    policies = ("streaming", "dense", "recompute")
+    return compare(
+        replace(
+            request,
+            policies=policies,
+            tasks=("telemetry", "removal"),
+            verify_tokens=80,
+            recompute_tokens=64,
+            dtype=torch.float64,
+        )
+    )
+
+
+def test_models_of_every_kind_are_compared_side_by_side(of_kinds: Results) -> None:
+    assert schema_problems(of_kinds) == []
+    assert of_kinds["failed"] == []
+    assert [model["sink"]["kind"] for model in of_kinds["models"]] == sorted(KINDS)
+    for kind in KINDS:
+        slots = 1 if KINDS[kind].has_tokens else 0
+        rows = [row for row in of_kinds["perplexity"] if row["model"] == kind]
+        assert {(row["policy"], row["sinks"]) for row in rows} == {
+            *(("streaming", layout.sinks) for layout in LAYOUTS),
+            ("dense", 0),
+            ("recompute", slots),
+        }
+        removed = row_of(of_kinds, "removal", model=kind, test="removed")
+        assert removed["num_tokens"] == 1
+        pairs = [pair for pair in of_kinds["paired"] if (pair["a"], pair["b"]) == (kind, kind)]
+        assert {pair["b_sinks"] for pair in pairs} == {1}
+    with_vanilla = {(pair["a"], pair["b"]) for pair in of_kinds["paired"] if "none" in pair.values()}
+    assert len(with_vanilla) == len(KINDS)  # itself included
+
+
+def test_every_kind_streams_blockwise_as_it_steps(of_kinds: Results) -> None:
+    assert [(row["model"], row["sinks"]) for row in of_kinds["verified"]] == [
+        (kind, layout.sinks) for kind in sorted(KINDS) for layout in LAYOUTS
+    ]
+    assert max(row["max_logit_diff"] for row in of_kinds["verified"]) < 1e-10
+
+
+def test_each_kind_has_the_null_mass_that_it_can_have(of_kinds: Results) -> None:
+    for kind, sink in KINDS.items():
+        of_layer = sink(32, 2).requires_grad_(False)
+        rows = [row for row in of_kinds["sink_attention"] if row["model"] == kind]
+        assert {row["weights"] for row in rows} == {"trained", "initial"}
+        is_scaled = of_layer.output_scale(torch.zeros(1, 32)) is not None
+        has_slot = of_layer.null_slot() is not None
+        assert {row["null_mass_is_proxy"] for row in rows} == {is_scaled and not has_slot}
+        assert {row["null_mass"] > 0 for row in rows} == {is_scaled or has_slot}
+        places = [row["position"] for row in of_kinds["sink_metric"] if row["model"] == kind]
+        assert (-1 in places) == has_slot
+
+
+def test_a_report_names_every_kind_and_keeps_to_three_sentences(of_kinds: Results) -> None:
+    for report in (terminal_table(of_kinds), results_markdown(of_kinds), report_page(of_kinds)):
+        assert all(kind in report.replace("\\_", "_") for kind in KINDS)
+    assert len(verdict_sentences(of_kinds)) <= 3
+
+
+def test_kinds_are_compared_over_seeds(home: Path) -> None:
+    runs = [(kind, seed) for seed in (1, 2) for kind in sorted(KINDS)]
+    for kind, seed in runs:
+        write_kind_run(home / "seeds" / f"{kind}-{seed}", kind, seed)
+    request = asked(home / "seeds", *(f"{kind}-{seed}" for kind, seed in runs), policies=("streaming",))
+    found = compare(replace(request, texts=[Source(str(home / "text.txt"))], layouts=LAYOUTS[:2]))
+    rows = [pair for pair in found["paired"] if pair["interval"] == "seeds"]
+    assert {frozenset((row["a"], row["b"])) for row in rows} == {
+        frozenset(pair) for pair in itertools.product(KINDS, repeat=2)
+    }
+    for kind in KINDS:
+        lost = [row for row in rows if row["a"] == row["b"] == kind and row["sinks"] == 0]
+        assert [(row["b_sinks"], row["num_seeds"], len(row["deltas"])) for row in lost] == [(1, 2, 2)]
+
+
 # -- what results.json holds ----------------------------------------------------------------------
 
 
@@ -118,6 +217,7 @@ def test_models_are_described(results: Results, home: Path) -> None:
             "source": str(home / name),
             "parameters": parameters,
             "sink": sink,
+            "sink_about": KINDS[str(sink["kind"])].about,
             "tokens_seen": 6400,
             "seed": 7,
             "arm": "sink",

@@ -31,6 +31,7 @@ PLOTTED_LISTS = {
     "paired": "Differences on",
     "position_loss": "Loss by position on",
     "removal": "Removal and replacement",
+    "quantized": "Quantisation",
     "sink_metric": "The sink metric",
     "sink_attention": "Attention by layer and head",
     "norms": "Sizes by layer",
@@ -349,6 +350,25 @@ def test_heat_maps_leave_unmeasured_heads_empty_and_show_null_mass_where_there_i
     assert [trace["name"] for trace in figure.traces] == ["trained", "initial weights"]
     assert figure.traces[0]["z"][1][0] is None
     check_figures(chosen, Page(report_page(chosen)).figures)
+
+
+def test_a_null_slot_is_a_star_in_front_of_the_first_position_and_a_proxy_is_called_so() -> None:
+    results = example.example_results(arms=("vanilla", "zero", "gate"))
+    (figure,) = named(results, "sink-metric")
+    starts = {trace["name"]: (trace["x"][0], trace["marker"]["symbol"][0]) for trace in figure.traces}
+    assert starts["zero, trained"] == (-1, "star")
+    assert starts["zero, initial weights"] == (-1, "star-open")
+    assert starts["vanilla, trained"] == (0, "circle")
+    assert figure.layout["xaxis"]["range"][0] < -1
+    for model, words in (
+        ("zero", "attention on the null slot"),
+        ("gate", "null mass*, a proxy: 1 - the mean"),
+    ):
+        (of_null,) = named(results, f"heat/{model}/null_mass")
+        assert of_null.caption.startswith(f"{model}: {words}")
+    page = report_page(results)
+    assert "At -1, the null slot of a model that has one." in page
+    check_figures(results, Page(page).figures)
 
 
 def test_time_by_cache_size_takes_each_setting_at_its_longest_stream(results: Results) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from sinktrain.report.markdown import results_markdown
 from sinktrain.report.page import report_page
 from sinktrain.report.paper import CITATION, PERPLEXITIES, paper_table
 from sinktrain.report.probe_tables import (
+    PROXY_NOTE,
     latency_table,
     norms_table,
     sink_table,
     streameval_table,
     verified_table,
 )
+from sinktrain.report.setting_tables import model_table
 from sinktrain.report.terminal import terminal_table
 from sinktrain.report.write import check_report_folder, write_report
 
@@ -314,6 +317,11 @@ def test_verdict_counts_and_names_extremes_where_models_are_many() -> None:
         "0.090 to 0.110) for m2 to 0.300 nats (95% interval 0.290 to 0.310) for m1, which the slots that "
         "they need repair."
     )
+    alone = [*evicted[:2], *(pair | {"delta_nats": 0.0, "ci95": [-0.1, 0.1]} for pair in evicted[2:])]
+    assert verdict_of(*alone, models=many_models(*deltas))[0] == (
+        "Without their first tokens (0+128), only m1 of 4 models loses measurably: 0.300 nats (95% interval "
+        "0.290 to 0.310), which one slot repairs."
+    )
     none = [pair | {"delta_nats": 0.0, "ci95": [-0.1, 0.1]} for pair in evicted]
     assert verdict_of(*none, models=many_models(*deltas))[0] == (
         "Without their first tokens (0+128), none of 4 models loses measurably."
@@ -511,6 +519,32 @@ def test_verdict_says_that_models_were_not_compared_where_no_row_does(results: R
     assert findings.verdict_sentences(results) == [
         "No measured row compares sink and vanilla where each keeps what it needs."
     ]
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)], ids=["models", "arms"])
+def test_many_are_first_shown_beside_the_base_alone(seeds: tuple[int, ...]) -> None:
+    """The base is the vanilla one, wherever it stands."""
+    arms = ["zero", "vanilla", "token", "gate", "logit"]
+    of_seeds = len(seeds) > 1
+    models = [
+        a_model(f"{arm}-{seed}" if of_seeds else arm, int(arm == "token"), arm=arm, seed=seed)
+        for arm in arms
+        for seed in seeds
+    ]
+    for model in models:
+        model["sink"]["kind"] = "none" if model["arm"] == "vanilla" else model["arm"]
+    pairs = [a_pair(b, a, 0.1, 0.01, "4+124") for a, b in combinations(arms, 2)]
+    pairs += [a_pair(arm, arm, 0.1, 0.01, "0+128", "1+127") for arm in arms]
+    results = some_results(*models) | {"paired": list(map(over_seeds, pairs)) if of_seeds else pairs}
+    main = [(pair["a"], pair["b"]) for pair in main_pairs(results, "book.txt")]
+    assert {frozenset(pair) for pair in main} == {
+        *(frozenset((arm, "vanilla")) for arm in arms),
+        *(frozenset((arm,)) for arm in arms),
+    }
+    assert len(difference_table(results, "book.txt").rows) == len(pairs)
+    fewer = {**results, "models": [model for model in models if model["arm"] != "logit"]}
+    fewer["paired"] = [pair for pair in results["paired"] if "logit" not in (pair["a"], pair["b"])]
+    assert main_pairs(fewer, "book.txt") == fewer["paired"]
 
 
 def test_verdict_counts_contests_where_models_are_many() -> None:
@@ -775,14 +809,83 @@ def test_sink_table_has_each_sink_and_the_first_text_token_beside_the_untrained(
     strongest = max(heads, key=lambda head: head["mass"][0])
     assert table.rows[1][3:7] == ["0%", "64 x 100", f"{100 * mean:.0f}%", "6.0%"]
     assert f"(layer {strongest['layer']}, head {strongest['head']})" in table.rows[1][7]
-    assert table.rows[1][8:] == ["0%", "128 x 16"]
+    assert table.rows[1][8:] == ["0%", "0%", "128 x 16"]
 
 
 def test_sink_table_does_without_attention_and_without_initial_weights(example: Results) -> None:
     trained = [row for row in example["sink_metric"] if row["weights"] == "trained"]
     rows = sink_table({**example, "sink_metric": trained, "sink_attention": []}).rows
     assert len(rows) == 3
-    assert rows[0][3:] == ["", "64 x 100", "", "", "", "", ""]
+    assert rows[0][3:] == ["", "64 x 100", "", "", "", "", "", ""]
+
+
+@pytest.fixture
+def kinds() -> Results:
+    """A model whose null slot takes attention and one whose gate has only a proxy of that, beside vanilla."""
+    return example_results(arms=("vanilla", "zero", "gate"))
+
+
+def test_sink_table_has_the_null_slot_and_marks_the_proxy_of_a_gate(kinds: Results) -> None:
+    table = sink_table(kinds)
+    assert [row[:2] for row in table.rows] == [
+        ["vanilla", "first text token"],
+        ["zero", "null slot"],
+        ["zero", "first text token"],
+        ["gate", "first text token"],
+    ]
+    of_slot = next(row["value"] for row in kinds["sink_metric"] if row["position"] == -1)
+    assert table.rows[1][2:4] == [f"{100 * of_slot:.0f}%", "0%"]
+    assert table.rows[1][5:8] == ["31%", "4.0%", "31% (layer 0, head 0)"]
+    assert [row[8:10] for row in table.rows] == [["0%", "0%"], *2 * [["31%", "4.0%"]], ["62%*", "50%*"]]
+
+
+def test_a_proxy_is_explained_on_page_in_markdown_and_on_terminal_and_only_there(kinds: Results) -> None:
+    line = (
+        "null mass (attention on no token; *: a proxy, 1 - the mean factor of outputs): zero 31% (untrained "
+        "4.0%), gate 62%* (untrained 50%*)"
+    )
+    assert line in terminal_table(kinds, width=1000)
+    assert "A proxy: the weights of this kind" in results_markdown(kinds)
+    assert PROXY_NOTE in html.unescape(report_page(kinds))
+    vanilla = example_results()
+    assert "null mass" not in terminal_table(vanilla)
+    assert "A proxy" not in results_markdown(vanilla) + report_page(vanilla)
+
+
+def test_results_of_an_older_version_have_no_proxy(example: Results) -> None:
+    for row in example["sink_attention"]:
+        del row["null_mass_is_proxy"]
+    assert [row[8] for row in sink_table(example).rows] == 3 * ["0%"]
+
+
+def test_terminal_tells_the_metric_of_a_null_slot_as_such(kinds: Results) -> None:
+    [line] = [line for line in terminal_table(kinds, width=1000).splitlines() if "sink metric" in line]
+    assert re.search(
+        r": vanilla \S+ \(untrained 0%\), zero \d+% on its null slot \(untrained 0%\), gate", line
+    )
+
+
+def test_models_are_told_with_what_their_kind_is(kinds: Results) -> None:
+    words = [row[1] for row in model_table({"models": [*kinds["models"], a_model("sink", 2)]}).rows]
+    assert words == [
+        "none",
+        "zero: what zero is, in a clause",
+        "gate: what gate is, in a clause",
+        "2 tokens (id 500, 501)",
+    ]
+    del kinds["models"][1]["sink_about"]  # of an older version
+    assert model_table(kinds).rows[1][1] == "zero"
+
+
+def test_verdict_speaks_of_a_kind_without_tokens_as_of_vanilla(kinds: Results) -> None:
+    """It has no slot of its own: it streams with four first tokens, and the null slot is in every layout."""
+    sentences = " ".join(findings.verdict_sentences(kinds))
+    assert "without its first tokens (0+64), zero loses" in sentences
+    assert "nats" in sentences
+    assert "Where both keep 4+60, zero is worse than vanilla by" in sentences
+    assert "where both keep 4+60, gate is better than vanilla by" in sentences
+    assert "zero with 4 slots kept streams worse than vanilla with 4 slots" in sentences
+    assert not re.search(r"(zero|gate) (needs|shows no need of) its|its sinks?\b|its one slot", sentences)
 
 
 def test_norms_table_has_a_row_for_each_layer_with_the_untrained_in_brackets(example: Results) -> None:

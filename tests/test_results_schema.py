@@ -18,6 +18,9 @@ from sinktrain.report.reading import read_results, results_validator
 
 Results = dict[str, Any]
 
+GAINED = {"sink_about", "null_mass_is_proxy"}
+"""Fields that results of an older version lack."""
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -41,7 +44,9 @@ def test_the_schema_is_a_valid_schema_of_draft_2020_12() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"seeds": True}, {"texts": ("a.txt", "b.txt")}], ids=["one", "seeds", "texts"]
+    "options",
+    [{}, {"seeds": True}, {"texts": ("a.txt", "b.txt")}, {"arms": ("vanilla", "zero", "gate")}],
+    ids=["one", "seeds", "texts", "kinds"],
 )
 def test_results_are_read_as_they_were_written(path: Path, options: dict[str, Any]) -> None:
     results = example_results(**options)
@@ -79,9 +84,11 @@ def test_rows_may_gain_fields_and_must_lose_none(path: Path, name: str) -> None:
     if name != "models":  # of which other rows speak
         assert read_results(path) == content
     for field in row:
-        without = {key: value for key, value in row.items() if key != field}
-        said = problem(path, json.dumps(only(results, name, without)))
-        assert said.startswith(f"{name}[0] has no {field};")
+        without = only(results, name, {key: value for key, value in row.items() if key != field})
+        if field in GAINED:
+            assert not list(results_validator().iter_errors(without))
+        else:
+            assert problem(path, json.dumps(without)).startswith(f"{name}[0] has no {field};")
 
 
 # fmt: off

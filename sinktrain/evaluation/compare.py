@@ -64,6 +64,7 @@ class Comparison:
         dtype: of the weights and activations.
         out: where the report will be; measurements are kept below it, so that the same command goes on.
         command: that repeats the comparison, for the report.
+        schemes: of ``quantizers.SCHEMES``, whose cost in loss is measured.
     """
 
     models: list[str]
@@ -79,6 +80,7 @@ class Comparison:
     recompute_tokens: int = RECOMPUTE_TOKENS
     verify_tokens: int = 0
     command: str = ""
+    schemes: tuple[str, ...] = ()
 
 
 def compare(request: Comparison) -> dict[str, Any]:
@@ -132,6 +134,7 @@ def _plan(request: Comparison, configs: list[ModelConfig]) -> Plan:
         request.device,
         request.dtype,
         request.out,
+        request.schemes,
     )
 
 

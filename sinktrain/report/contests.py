@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -24,6 +24,9 @@ from sinktrain.streaming.layout import VANILLA_SINKS
 
 INTERVALS = ("seeds", "text")
 """Of ``paired[]``, the one that says more about training first."""
+
+MOST_AMONG_THEMSELVES = 4
+"""Subjects that are all compared with one another where a reader looks first; of more, each with the base."""
 
 Pairs = list[Row]
 """Differences of one kind, in one direction: one for each text, or for each text and model of an arm."""
@@ -120,7 +123,7 @@ def own_rows(results: Results, rows: Iterable[Row]) -> list[Row]:
 
 def num_sinks(model: Row) -> int:
     """Sink tokens that a model was trained with."""
-    return int(model["sink"]["count"]) if model["sink"]["kind"] == "token" else 0
+    return int(model["sink"]["count"])
 
 
 def _arms_over_seeds(results: Results) -> set[str]:
@@ -128,14 +131,28 @@ def _arms_over_seeds(results: Results) -> set[str]:
 
 
 def main_pairs(results: Results, text: str) -> Pairs:
-    """Of the deciding pairs of a text, those of the greatest length: what a reader sees first."""
-    greatest = lengths_of(results)[:1]
+    """Of the deciding pairs of a text, what a reader sees first: those of the greatest length.
+
+    Between models, only those with the base where there are many.
+    """
+    greatest, is_first = lengths_of(results)[:1], with_few_or_base(results)
     return [
         pair
         for pair in deciding_pairs(results)
         if pair["text"] == text
+        and is_first(pair)
         and all(side["policy"] == "dense" or num_slots(side) in greatest for side in sides(pair))
     ]
+
+
+def with_few_or_base(results: Results) -> Callable[[Row], bool]:
+    """Whether a pair is within a subject or with the base; any is where subjects are few."""
+    subjects = subjects_of(results)
+    if len(subjects) <= MOST_AMONG_THEMSELVES:
+        return lambda pair: True
+    base = base_of(subjects)
+    names = {base.name, *base.model_names}
+    return lambda pair: pair["a"] == pair["b"] or pair["a"] in names or pair["b"] in names
 
 
 def subjects_of(results: Results) -> list[Subject]:
@@ -214,15 +231,20 @@ def eviction_of(results: Results, subject: Subject) -> Eviction:
 
 
 def contests_of(results: Results, subjects: Sequence[Subject]) -> list[Contest]:
-    """Every other subject against the first that was trained without sinks, or the first."""
+    """Every other subject against the base."""
     if not subjects:
         return []
-    base = next((subject for subject in subjects if subject.models[0]["sink"]["kind"] == "none"), subjects[0])
+    base = base_of(subjects)
     return [
         Contest(subject, base, _contest_pairs(results, subject, base))
         for subject in subjects
         if subject is not base
     ]
+
+
+def base_of(subjects: Sequence[Subject]) -> Subject:
+    """The first that is vanilla, or the first."""
+    return next((subject for subject in subjects if subject.models[0]["sink"]["kind"] == "none"), subjects[0])
 
 
 def _contest_pairs(results: Results, subject: Subject, base: Subject) -> Pairs:

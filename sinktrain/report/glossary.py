@@ -3,6 +3,10 @@
 WORDS = {
     "sink": "A token at the front of every stream that attention can rest on. A sink model was trained with "
     "a placeholder that means nothing else; a vanilla model may come to use its first tokens so.",
+    "null slot": "A place in attention that no token holds, which some kinds of model are trained with. "
+    "Every token sees it under every layout, and it takes none of N.",
+    "null mass": "The mean attention that no token gets: what the null slot takes. A model without one has "
+    "none; where it is marked *, a proxy stands there.",
     "layout": "What a stream keeps: 1+127 is 1 sink slot that is never reused and a window of 127. N is the "
     "sum, the length of the cache.",
     "window": "The newest other tokens kept, the current one included. Older ones are evicted.",

@@ -16,12 +16,15 @@ from sinktrain.report.loss_tables import (
 )
 from sinktrain.report.paper import CITATION, paper_table
 from sinktrain.report.probe_tables import (
+    PROXY_NOTE,
+    is_proxy,
     latency_table,
     norms_table,
     sink_table,
     streameval_table,
     verified_table,
 )
+from sinktrain.report.quantized_tables import NOTE, quantized_table, quantized_texts
 from sinktrain.report.setting_tables import environment_table, model_table
 from sinktrain.report.table import Table
 from sinktrain.report.wording import Results, printable
@@ -38,6 +41,7 @@ def results_markdown(results: Results) -> str:
     for text in findings.texts(results):
         parts += _text_parts(results, text)
     parts += [_folded("The paper's own figures", f"{_escaped(CITATION)}.", _table(paper_table()))]
+    parts += _quantized_parts(results)
     parts += _probe_parts(results)
     parts += ["## How to read it", " ".join(findings.READING)]
     if findings.limits(results):
@@ -74,16 +78,24 @@ def _text_parts(results: Results, text: str) -> list[str]:
     return [*parts, _folded("All measurements", _table(measurement_table(results, text)))]
 
 
+def _quantized_parts(results: Results) -> list[str]:
+    parts = []
+    for text in quantized_texts(results):
+        parts += [f"## Quantisation on {_escaped(text)}", NOTE, _table(quantized_table(results, text))]
+    return parts
+
+
 def _probe_parts(results: Results) -> list[str]:
     parts = []
     if sink_table(results).rows:
         bounds = ", ".join(f"{eps:g}" for eps in sorted({row["eps"] for row in results["sink_metric"]}))
         words = (
             "Sink metric: the share of heads that give a position more than "
-            f"{bounds} of their attention, on average over the rows that see it. Untrained: the same network "
-            "freshly initialised."
+            f"{bounds} of their attention, on average over the rows that see it. Null mass: the mean "
+            "attention that no token gets. Untrained: the same network freshly initialised."
         )
         parts += ["## Sinks inside the models", words, _table(sink_table(results))]
+        parts += [_escaped(PROXY_NOTE)] * any(map(is_proxy, results["sink_attention"]))
     if norms_table(results).rows:
         words = "Untrained values in brackets; layer 0 is the embedding."
         parts += [_folded("Norms and outliers by layer", words, _table(norms_table(results)))]

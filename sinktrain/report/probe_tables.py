@@ -9,6 +9,11 @@ from sinktrain.report import wording
 from sinktrain.report.table import Table
 from sinktrain.report.wording import Results, Row, printable, ratio_text, share_text
 
+PROXY_NOTE = (
+    "* A proxy: the weights of this kind add up to 1 over the tokens, and 1 - the mean of what its heads' "
+    "outputs are multiplied by stands here. It is far from 0 untrained, too."
+)
+
 NORM_COLUMNS = {
     "hidden_norm_ratio": "norm of first / others",
     "kurtosis": "kurtosis",
@@ -31,7 +36,7 @@ def untrained(rows: Iterable[Row], like: Row, keys: Sequence[str]) -> Row | None
 
 
 def sink_rows(results: Results) -> list[Row]:
-    """Of ``sink_metric[]``, trained: each model's own sinks and its first text token."""
+    """Of ``sink_metric[]``, trained: each model's own sinks or null slot, and its first text token."""
     trained = [row for row in results["sink_metric"] if row["weights"] == "trained"]
     kept = []
     for row in trained:
@@ -39,13 +44,18 @@ def sink_rows(results: Results) -> list[Row]:
             (
                 other["position"]
                 for other in where(trained, row, ("model", "eps", "seq_len"))
-                if not other["is_sink"]
+                if not other["is_sink"] and not is_null(other)
             ),
             default=None,
         )
-        if row["is_sink"] or row["position"] == first_text:
+        if row["is_sink"] or is_null(row) or row["position"] == first_text:
             kept.append(row)
     return kept
+
+
+def is_null(row: Row) -> bool:
+    """Whether a row of ``sink_metric[]`` is about a null slot."""
+    return int(row["position"]) < 0
 
 
 def sink_table(results: Results) -> Table:
@@ -61,6 +71,7 @@ def sink_table(results: Results) -> Table:
             "untrained",
             "strongest head",
             "null mass",
+            "untrained",
             "over",
         ],
         [
@@ -84,29 +95,46 @@ def _sample_words(row: Row) -> str:
 
 
 def place_words(row: Row) -> str:
-    """``sink``, ``first text token``, with the position where it is not 0."""
+    """``sink``, ``null slot``, ``first text token``, with the position of a token where it is not 0."""
+    if is_null(row):
+        return "null slot"
     place = "sink" if row["is_sink"] else "first text token"
     return f"{place} ({row['position']})" if row["position"] else place
 
 
 def _mass_cells(results: Results, row: Row) -> list[str]:
-    """Mean mass over heads, the same untrained, the strongest head, mean null mass: at a row's position."""
+    """At a row's position: mean mass over heads, untrained, the strongest head; null mass, untrained."""
     at = row["position"]
+
+    def mass(head: Row) -> float:
+        return float(head["null_mass"] if is_null(row) else head["mass"][at])
+
     heads = [
         head for head in results["sink_attention"] if head["model"] == row["model"] and at < len(head["mass"])
     ]
     trained = [head for head in heads if head["weights"] == "trained"]
     initial = [head for head in heads if head["weights"] == "initial"]
     if not trained:
-        return [""] * 5
-    strongest = max(trained, key=lambda head: float(head["mass"][at]))
+        return [""] * 6
+    strongest = max(trained, key=mass)
     return [
-        share_text(fmean(head["mass"][at] for head in trained)),
-        share_text(fmean(head["mass"][at] for head in initial)) if initial else "",
-        f"{share_text(strongest['mass'][at])} (layer {strongest['layer']}, head {strongest['head']})",
-        share_text(fmean(head["null_mass"] for head in trained)),
+        share_text(fmean(map(mass, trained))),
+        share_text(fmean(map(mass, initial))) if initial else "",
+        f"{share_text(mass(strongest))} (layer {strongest['layer']}, head {strongest['head']})",
+        null_mass_text(trained),
+        null_mass_text(initial) if initial else "",
         _sample_words(trained[0]),
     ]
+
+
+def null_mass_text(heads: Sequence[Row]) -> str:
+    """``31%``, the mean over rows of ``sink_attention[]``; ``48%*`` where it is a proxy."""
+    return share_text(fmean(head["null_mass"] for head in heads)) + "*" * any(map(is_proxy, heads))
+
+
+def is_proxy(head: Row) -> bool:
+    """Whether what a row of ``sink_attention[]`` calls null mass is a proxy."""
+    return bool(head.get("null_mass_is_proxy", False))
 
 
 def norms_table(results: Results) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sinktrain.report import findings, wording
 from sinktrain.report.contests import main_pairs
-from sinktrain.report.figures import differences, heat, inside, losses, streams
+from sinktrain.report.figures import differences, heat, inside, losses, quantized, streams
 from sinktrain.report.figures.source import all_texts, drawn_models
 from sinktrain.report.figures.spec import Figure
 from sinktrain.report.glossary import WORDS
@@ -20,11 +20,20 @@ from sinktrain.report.loss_tables import (
 from sinktrain.report.markup import bullets, closed, html_text, plots, soft, table_html
 from sinktrain.report.paper import CITATION, paper_table
 from sinktrain.report.probe_tables import (
+    PROXY_NOTE,
+    is_null,
+    is_proxy,
     latency_table,
     norms_table,
     sink_table,
     streameval_table,
     verified_table,
+)
+from sinktrain.report.quantized_tables import (
+    NOTE,
+    quantized_measurement_table,
+    quantized_table,
+    quantized_texts,
 )
 from sinktrain.report.setting_tables import environment_table, model_table
 from sinktrain.report.wording import Results, Row
@@ -41,6 +50,7 @@ def sections(results: Results) -> list[Section]:
         *(_position_section(results, text) for text in texts),
         *(_gap_section(results, text) for text in texts),
         _removal_section(results),
+        _quantized_section(results),
         _inside_section(results),
         _recall_section(results),
         _cost_section(results),
@@ -144,6 +154,17 @@ def _removal_section(results: Results) -> Section | None:
     return ("Removal and replacement", soft(words) + "".join(parts)) if parts else None
 
 
+def _quantized_section(results: Results) -> Section | None:
+    parts = []
+    for text in quantized_texts(results):
+        rows = [row for row in results["quantized"] if row["text"] == text]
+        table = table_html(quantized_table(results, text), f"Loss added by quantisation on {text}")
+        every = table_html(quantized_measurement_table(rows), f"Losses with and without it, on {text}")
+        figures = plots(quantized.quantized_figures(results, text))
+        parts += [table, figures, closed(f"Quantisation on {text} in numbers", every)]
+    return ("Quantisation", soft(NOTE + _one_seed(results)) + "".join(parts)) if parts else None
+
+
 # -- what happens inside, what a stream can do, what it costs ---------------------------------------
 
 
@@ -151,7 +172,14 @@ def _inside_section(results: Results) -> Section | None:
     parts = []
     if metric := inside.metric_figures(results):
         words = "Filled: trained. Open: the same network before training. Stars: the model's own sinks."
-        summary = closed("Sinks in numbers", table_html(sink_table(results), "Sinks inside the models"))
+        if any(map(is_null, results["sink_metric"])):
+            words += " At -1, the null slot of a model that has one."
+        has_proxy = any(map(is_proxy, results["sink_attention"]))
+        summary = closed(
+            "Sinks in numbers",
+            table_html(sink_table(results), "Sinks inside the models"),
+            *[soft(PROXY_NOTE)] * has_proxy,
+        )
         parts += ["<h3>The sink metric</h3>", soft(words), plots(metric), summary]
     heats = [
         plots(heat.heat_figures(results, model))

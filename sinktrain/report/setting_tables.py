@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sinktrain.report.table import Table
-from sinktrain.report.wording import Results, printable
+from sinktrain.report.wording import Results, Row, printable
 
 
 def model_table(results: Results) -> Table:
@@ -17,7 +17,7 @@ def model_table(results: Results) -> Table:
         [
             [
                 printable(model["name"]),
-                sink_words(model["sink"]),
+                sink_words(model),
                 f"{model['parameters']:,}",
                 "" if model["tokens_seen"] is None else f"{model['tokens_seen']:,}",
                 "" if model["seed"] is None else str(model["seed"]),
@@ -29,10 +29,12 @@ def model_table(results: Results) -> Table:
     )
 
 
-def sink_words(sink: Mapping[str, Any]) -> str:
-    """``none``, ``1 token (id 50277)``."""
-    if sink["kind"] != "token":
-        return str(sink["kind"])
+def sink_words(model: Row) -> str:
+    """``none``, ``1 token (id 50277)``, ``gate: a sigmoid gate on …``."""
+    sink = model["sink"]
+    if not sink["count"]:
+        about = "" if sink["kind"] == "none" else model.get("sink_about", "")
+        return printable(": ".join(filter(None, [sink["kind"], about])))
     ids = ", ".join(str(token_id) for token_id in sink["token_ids"])
     return f"{sink['count']} token{'s' * (sink['count'] > 1)} (id {ids})"
 

@@ -9,7 +9,7 @@ from sinktrain.report import wording
 from sinktrain.report.contests import main_pairs, own_rows
 from sinktrain.report.findings import failures, has_one_tokenizer, texts, tokens_scored
 from sinktrain.report.loss_tables import bits_cell, perplexity_cell, perplexity_cells
-from sinktrain.report.probe_tables import sink_rows, untrained
+from sinktrain.report.probe_tables import is_null, is_proxy, null_mass_text, sink_rows, untrained
 from sinktrain.report.table import COLUMN_GAP, Table
 from sinktrain.report.wording import Results, Row, printable, ratio_text, share_text
 
@@ -27,6 +27,7 @@ def terminal_table(results: Results, width: int = 100) -> str:
     lines = [
         *_telemetry_lines(results),
         *_removal_lines(results),
+        *_quantized_lines(results),
         *_streameval_lines(results),
         *_latency_lines(results),
         *_verified_lines(results),
@@ -137,7 +138,7 @@ def _few(parts: Sequence[str], joiner: str = ", ") -> str:
 
 
 def _telemetry_lines(results: Results) -> Iterator[str]:
-    """The sink metric where each model should have its sink: at its own, or at its first token."""
+    """The sink metric where each model should have its sink: its own, its null slot or its first token."""
     groups: dict[tuple[float, int], dict[str, Row]] = {}
     for row in sink_rows(results):
         groups.setdefault((row["eps"], row["seq_len"]), {}).setdefault(row["model"], row)
@@ -146,8 +147,26 @@ def _telemetry_lines(results: Results) -> Iterator[str]:
         for row in by_model.values():
             initial = untrained(results["sink_metric"], row, ("eps", "seq_len", "position"))
             null = "" if initial is None else f" (untrained {share_text(initial['value'])})"
-            parts.append(f"{printable(row['model'])} {share_text(row['value'])}{null}")
+            place = " on its null slot" * is_null(row)
+            parts.append(f"{printable(row['model'])} {share_text(row['value'])}{place}{null}")
         yield f"sink metric (heads above {eps:g}, {seq_len:,} tokens): {_few(parts)}"
+    yield from _null_lines(results)
+
+
+def _null_lines(results: Results) -> Iterator[str]:
+    """The attention that no token gets, of the models that have such, or a proxy of it."""
+    heads: dict[str, dict[str, list[Row]]] = {}
+    for head in results["sink_attention"]:
+        heads.setdefault(head["model"], {}).setdefault(head["weights"], []).append(head)
+    parts = []
+    for model, of_weights in heads.items():
+        texts = {weights: null_mass_text(some) for weights, some in of_weights.items()}
+        if texts.get("trained", "0%") != "0%":
+            initial = f" (untrained {texts['initial']})" if "initial" in texts else ""
+            parts.append(f"{printable(model)} {texts['trained']}{initial}")
+    if parts:
+        note = "; *: a proxy, 1 - the mean factor of outputs" * any(map(is_proxy, results["sink_attention"]))
+        yield f"null mass (attention on no token{note}): {_few(parts)}"
 
 
 def _removal_lines(results: Results) -> Iterator[str]:
@@ -163,6 +182,23 @@ def _removal_lines(results: Results) -> Iterator[str]:
             for row in rows
         ]
         yield f"{name}{REMOVAL_TESTS[test]}, nats: {_few(parts)}"
+
+
+def _quantized_lines(results: Results) -> Iterator[str]:
+    """What rounding costs each model under streaming, with the sink's slots like all others and apart."""
+    groups: dict[tuple[str, str], dict[str, dict[bool, Row]]] = {}
+    for row in results["quantized"]:
+        is_apart = row["sink_in_full_precision"]
+        if row["policy"] == "streaming" and row["sink_in_statistics"] in (None, not is_apart):
+            group = groups.setdefault((row["text"], row["scheme"]), {})
+            group.setdefault(row["model"], {})[is_apart] = row
+    for (text, scheme), by_model in groups.items():
+        name = f"{printable(text)}, " if len(texts(results)) > 1 else ""
+        parts = [
+            f"{printable(model)} {wording.delta_text(rows[False])} ({wording.delta_text(rows[True])})"
+            for model, rows in by_model.items()
+        ]
+        yield f"{name}quantised {printable(scheme)}, nats (with the sink's slots apart): {_few(parts)}"
 
 
 def _streameval_lines(results: Results) -> Iterator[str]:

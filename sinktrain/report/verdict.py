@@ -67,13 +67,20 @@ def _eviction_sentence(evictions: Sequence[Eviction]) -> str:
         (eviction for eviction in known if sign_of(eviction.pairs) == 1), key=lambda one: one.mean_nats
     )
     evicted = layout_name(sides(known[0].pairs[0])[0])
-    head = f"without their first tokens ({evicted}), {len(losers)} of {len(known)} models lose measurably"
+    head = f"without their first tokens ({evicted}), "
     if not losers:
-        return f"without their first tokens ({evicted}), none of {len(known)} models loses measurably"
+        return f"{head}none of {len(known)} models loses measurably"
     least, most = losers[0], losers[-1]
+    if least is most:
+        needed = max(1, most.subject.num_sinks)
+        return (
+            f"{head}only {most.subject.shown} of {len(known)} models loses measurably: "
+            f"{size_words(most.pairs)}, which {counted(needed, 'slot')} repair{'s' * (needed == 1)}"
+        )
     return (
-        f"{head}, from {size_words(least.pairs)} for {least.subject.shown} to {size_words(most.pairs)} for "
-        f"{most.subject.shown}, which the slots that they need repair"
+        f"{head}{len(losers)} of {len(known)} models lose measurably, from {size_words(least.pairs)} for "
+        f"{least.subject.shown} to {size_words(most.pairs)} for {most.subject.shown}, which the slots that "
+        "they need repair"
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from operator import itemgetter
 
 from sinktrain.report import wording
+from sinktrain.report.contests import with_few_or_base
 from sinktrain.report.figures.look import Look, Spec
 from sinktrain.report.figures.source import Source, drawn_models
 from sinktrain.report.figures.spec import Figure, axis, layout, points, whisker_layout
@@ -18,6 +19,7 @@ OVER_TEXT = "whiskers: 95% over text"
 def model_figures(results: Results, text: str) -> list[Figure]:
     """Differences between models; those that evict the first tokens, often a hundred times larger, apart."""
     pairs = _pairs(results, text, "text").where(lambda pair: pair["a"] != pair["b"])
+    pairs = pairs.where(with_few_or_base(results))
     if _pairs(results, text, "seeds"):
         seeds = {model["name"]: model["seed"] for model in results["models"]}
         pairs = pairs.where(lambda pair: seeds[pair["a"]] == seeds[pair["b"]])
@@ -36,9 +38,8 @@ def model_figures(results: Results, text: str) -> list[Figure]:
 
 def seed_figures(results: Results, text: str) -> list[Figure]:
     """Differences over seeds: the mean with its t interval, and each seed's own difference."""
-    groups = _pairs(results, text, "seeds").by(
-        lambda pair: (wording.pair_words(pair)[0], "evicted" if _is_evicted(pair) else "kept")
-    )
+    pairs = _pairs(results, text, "seeds").where(with_few_or_base(results))
+    groups = pairs.by(lambda pair: (wording.pair_words(pair)[0], "evicted" if _is_evicted(pair) else "kept"))
     return [
         _figure(
             f"seeds/{text}/{models}/{kind}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sinktrain.report.figures import differences, heat, inside, losses, streams
+from sinktrain.report.figures import differences, heat, inside, losses, quantized, streams
 from sinktrain.report.figures.look import TEMPLATE, Spec, coloured
 from sinktrain.report.figures.source import all_texts, drawn_models
 from sinktrain.report.figures.spec import Figure
@@ -22,6 +22,7 @@ def every_figure(results: Results) -> Iterator[Figure]:
         losses.position_figures,
         differences.gap_figures,
         streams.removal_figures,
+        quantized.quantized_figures,
     ):
         for text in all_texts(results):
             yield from make(results, text)

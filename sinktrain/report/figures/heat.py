@@ -6,6 +6,7 @@ from sinktrain.report.figures.inside import WEIGHTS
 from sinktrain.report.figures.look import Spec
 from sinktrain.report.figures.source import Source, field_value
 from sinktrain.report.figures.spec import Figure, axis, layout
+from sinktrain.report.probe_tables import is_proxy
 from sinktrain.report.wording import Results, Row
 
 
@@ -19,7 +20,11 @@ def heat_figures(results: Results, model: Row) -> list[Figure]:
     if has_sink and model["sink"]["count"] < len(rows.rows[0]["mass"]):
         shares[f"mass.{model['sink']['count']}"] = "attention on the first text token"
     if any(row["null_mass"] > 0 for row in rows.rows):
-        shares["null_mass"] = "attention on nothing (null mass)"
+        shares["null_mass"] = (
+            "null mass*, a proxy: 1 - the mean of what its output is multiplied by"
+            if any(map(is_proxy, rows.rows))
+            else "attention on the null slot (null mass)"
+        )
     shares["top_mass.0"] = "attention on the strongest position anywhere"
     maps = [(field, words, _SHARES) for field, words in shares.items()]
     maps += [("value_norm_ratio", "size of the value at position 0 over the mean", _RATIOS)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sinktrain.report.figures.look import SOFT, Look, Spec, model_looks
 from sinktrain.report.figures.source import Source, drawn_models
 from sinktrain.report.figures.spec import Figure, axis, layout, log_axis, points
+from sinktrain.report.probe_tables import is_null
 from sinktrain.report.wording import Results
 
 WEIGHTS = {"trained": "trained", "initial": "initial weights"}
@@ -18,7 +19,10 @@ NORMS = (
 
 
 def metric_figures(results: Results) -> list[Figure]:
-    """The sink metric by position, trained and as initialised; a star is a sink of the model's own."""
+    """The sink metric by position, trained and as initialised; a star is a sink of the model's own.
+
+    So is a null slot, at -1.
+    """
     rows = Source.of(results, "sink_metric")
     looks = model_looks(results)
     figures = []
@@ -26,7 +30,9 @@ def metric_figures(results: Results) -> list[Figure]:
         traces = []
         for (model, weights), group in of_kind.by(lambda row: (row["model"], row["weights"])).items():
             look, is_open = looks[model], "-open" * (weights == "initial")
-            symbols = [("star" if row["is_sink"] else look.symbol) + is_open for row in group.rows]
+            symbols = [
+                ("star" if row["is_sink"] or is_null(row) else look.symbol) + is_open for row in group.rows
+            ]
             more: Spec = {
                 "marker": {"symbol": symbols, "size": 9},
                 "line": {"dash": "dot" if is_open else look.dash, "width": 1.2},
@@ -34,7 +40,8 @@ def metric_figures(results: Results) -> list[Figure]:
             name = f"{model}, {WEIGHTS[weights]}"
             traces.append(points(group, name, look, x="position", y="value", mode="lines+markers", **more))
         caption = f"Share of heads whose importance of a position exceeds {eps:g}, over {seq_len} tokens"
-        x = axis("position", dtick=1, range=[-0.4, max(of_kind.values("position")) + 0.4])
+        places = of_kind.values("position")
+        x = axis("position", dtick=1, range=[min(0, *places) - 0.4, max(places) + 0.4])
         y = axis("share of heads", range=[-0.03, 1.03], tickformat=".0%")
         figures.append(Figure(f"sink-metric/{eps:g}/{seq_len}", caption, traces, layout(x, y)))
     return figures
