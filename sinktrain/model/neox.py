@@ -6,6 +6,7 @@ Axes: batch, seq, head, head_dim, hidden, vocab.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from sinktrain.model.devices import compute_dtype, has_fast_path
 from sinktrain.model.loss import summed_loss
 from sinktrain.model.rotary import phase_steps
 from sinktrain.model.sinks.base import KINDS, NullSlot
+
+if TYPE_CHECKING:
+    from sinktrain.model.masked_attention import Mask
 
 
 class GPTNeoX(nn.Module):
@@ -32,6 +36,8 @@ class GPTNeoX(nn.Module):
         self.config = config
         self.recomputes_activations = False
         """Whether a layer's activations are computed again in the backward pass instead of kept."""
+        self.mask: Mask | None = None
+        """What ``forward`` lets a token see, where that is less than all before it: a matter of training."""
         self.rotary_steps: Tensor
         steps = phase_steps(config.network.rotary_ndims, config.network.rotary_emb_base)
         self.register_buffer("rotary_steps", steps, persistent=False)
@@ -55,9 +61,15 @@ class GPTNeoX(nn.Module):
 
         With targets, int64[batch, seq], their ``summed_loss`` instead.
         """
-        attend = CausalAttention(self.rotary_steps, tokens.shape[1], self.dtype)
-        hidden = self.hidden(tokens, attend)
+        hidden = self.hidden(tokens, self._attend(tokens))
         return self.logits(hidden) if targets is None else summed_loss(hidden, self.embed_out.weight, targets)
+
+    def _attend(self, tokens: Tensor) -> Attend:
+        if self.mask is None:
+            return CausalAttention(self.rotary_steps, tokens.shape[1], self.dtype)
+        from sinktrain.model.masked_attention import MaskedAttention
+
+        return MaskedAttention(self, tokens, self.mask)
 
     def hidden(self, tokens: Tensor, attend: Attend) -> Tensor:
         """States before the head: int64[batch, seq] -> float[batch, seq, hidden]."""
