@@ -70,8 +70,9 @@ def largest_difference(
     return worst
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("num_fed", [0, 1, 40, 300])
+@pytest.mark.parametrize(
+    ("num_fed", "rows"), [(0, 1), (1, 2), (40, 1), pytest.param(300, 2, marks=pytest.mark.slow), (300, 1)]
+)
 def test_kernels_equal_the_plain_step_before_and_after_the_ring_wraps(num_fed: int, rows: int) -> None:
     assert largest_difference(num_fed, rows) < 2e-5
 
@@ -81,7 +82,7 @@ def test_kernels_equal_the_plain_step_for_layouts_with_no_sink_and_with_many(lay
     assert largest_difference(100, layout=layout) < 2e-5
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sizes",
     [
