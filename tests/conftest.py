@@ -1,7 +1,7 @@
 """Habits of every test, and the fixtures that several files share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sinktrain.cli import share_cores
@@ -36,3 +36,36 @@ def train(shards: Path, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def train_for(train: Callable[..., Path]) -> Callable[..., Path]:
+    """``train`` for so many steps, which are the same in a longer run."""
+    from two_processes import CONSTANT
+
+    def run(name: str, max_steps: int, *options: str) -> Path:
+        return train(name, *CONSTANT, "--trainer.max_steps", str(max_steps), *options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps, as ``train_for`` makes it; every fourth is kept."""
+    from two_processes import CONSTANT
+
+    from sinktrain.training.fit import fit
+
+    run = tmp_path_factory.mktemp("one") / "run"
+    fit(tiny_run(shards, run, *CONSTANT, "--checkpoint.keep", "null"))
+    return run
+
+
+@pytest.fixture
+def alone_again() -> Iterator[None]:
+    """Leaves nothing of a process group to other tests."""
+    environment = dict(os.environ)
+    yield
+    torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)

@@ -13,41 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import CONSTANT, _alone_again, assert_close, processes_of  # noqa: F401
 from test_fit import assert_bitwise_equal, checkpoint, measured
 from tiny_shards import start, tiny_run, wait_for
+from two_processes import CONSTANT, addresses, assert_close, hold_back_writing, layout, processes_of
 
 from sinktrain.model.checkpoints import load_model
 from sinktrain.publishing.export import export
-from sinktrain.training.fit import fit, validate
-from sinktrain.training.fsdp import ShardedStepper
+from sinktrain.training.fit import validate
+from sinktrain.training.fsdp import FSDP2Strategy, ShardedStepper
 from sinktrain.training.module import Pretraining
+from sinktrain.training.sharding import GATHERED
 
 ONE = ["--config", "fsdp", "--trainer.devices", "1"]
 TWO = ["--config", "fsdp", "--trainer.devices", "2"]
 MICRO = ["--data.micro_batch", "2"]
 ZERO_2 = ["--trainer.strategy.init_args.reshard_after_forward", "false"]
-alone = pytest.mark.usefixtures("_alone_again")
-
-
-@pytest.fixture
-def train(shards: Path, tmp_path: Path) -> Callable[..., Path]:
-    def run(name: str, max_steps: int, *options: str) -> Path:
-        fit(tiny_run(shards, tmp_path / name, *CONSTANT, "--trainer.max_steps", str(max_steps), *options))
-        return tmp_path / name
-
-    return run
+alone = pytest.mark.usefixtures("alone_again")
 
 
 # -- one process ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 steps on one device; every fourth is kept."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    fit(tiny_run(shards, run, *CONSTANT, "--checkpoint.keep", "null"))
-    return run
 
 
 @alone
@@ -55,33 +39,46 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "more", [[], pytest.param([*ZERO_2, "--model.recompute_activations", "true"], marks=pytest.mark.slow)]
 )
 def test_one_process_equals_one_device_step_by_step(
-    more: list[str], whole: Path, train: Callable[..., Path]
+    more: list[str], whole: Path, train_for: Callable[..., Path]
 ) -> None:
-    assert_close(whole, train("parts", 12, *ONE, *MICRO, *more))
+    assert_close(whole, train_for("parts", 12, *ONE, *MICRO, *more))
 
 
 @alone
-def test_a_run_goes_from_one_device_to_fsdp_and_back(whole: Path, train: Callable[..., Path]) -> None:
-    train("parts", 5)
-    train("parts", 9, *ONE)
-    assert_close(whole, train("parts", 12))
+def test_a_run_goes_from_one_device_to_fsdp_and_back(whole: Path, train_for: Callable[..., Path]) -> None:
+    train_for("parts", 5)
+    train_for("parts", 9, *ONE)
+    assert_close(whole, train_for("parts", 12))
 
 
 @alone
-def test_its_checkpoint_is_laid_out_as_that_of_one_device(whole: Path, train: Callable[..., Path]) -> None:
-    expected, found = checkpoint(whole, "step-00000004.ckpt"), checkpoint(train("sharded", 4, *ONE))
+def test_its_checkpoint_is_laid_out_as_that_of_one_device(
+    whole: Path, train_for: Callable[..., Path]
+) -> None:
+    expected, found = checkpoint(whole, "step-00000004.ckpt"), checkpoint(train_for("sharded", 4, *ONE))
     assert expected.keys() == found.keys()
     for key in ("state_dict", "optimizer_states"):
-        assert _layout(expected[key]) == _layout(found[key])
+        assert layout(expected[key]) == layout(found[key])
 
 
-def _layout(value: Any) -> Any:
-    """The same with tensors' kinds in place of their numbers."""
-    if isinstance(value, torch.Tensor):
-        return type(value), value.dtype, value.shape, value.device
-    if isinstance(value, dict):
-        return {key: _layout(inner) for key, inner in value.items()}
-    return [_layout(inner) for inner in value] if isinstance(value, list) else value
+@alone
+def test_steps_taken_while_a_checkpoint_is_written_do_not_change_it(
+    train_for: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is there a second copy of what was gathered."""
+    expected = checkpoint(train_for("expected", 6, *ONE), "step-00000004.ckpt")
+    real, gathered = FSDP2Strategy._gather, []
+
+    def gather(*tensors: Any) -> dict[Any, torch.Tensor]:
+        gathered.append(real(*tensors))
+        return gathered[-1]
+
+    monkeypatch.setattr(FSDP2Strategy, "_gather", gather)
+    handed_over = hold_back_writing(monkeypatch)
+    found = checkpoint(train_for("found", 6, *ONE), "step-00000004.ckpt")
+    assert_bitwise_equal(expected, found)
+    for key in GATHERED:
+        assert addresses(handed_over[0][key]) <= addresses(gathered)
 
 
 @alone
@@ -92,18 +89,18 @@ def test_validate_gathers_what_one_device_wrote(whole: Path, shards: Path, tmp_p
 
 
 @alone
-def test_bf16_gathers_bfloat16_weights_and_keeps_float32_ones(train: Callable[..., Path]) -> None:
+def test_bf16_gathers_bfloat16_weights_and_keeps_float32_ones(train_for: Callable[..., Path]) -> None:
     bf16 = ["--trainer.precision", "bf16-mixed"]
-    plain, sharded = train("plain", 3, *bf16), train("sharded", 3, *bf16, *ONE, *MICRO)
+    plain, sharded = train_for("plain", 3, *bf16), train_for("sharded", 3, *bf16, *ONE, *MICRO)
     losses = measured(plain, "train/loss")
     assert measured(sharded, "train/loss") == pytest.approx(losses, abs=5e-3)
     assert measured(sharded, "val/loss") != measured(plain, "val/loss")  # norms have bfloat16 weights here
-    assert _layout(checkpoint(plain)["state_dict"]) == _layout(checkpoint(sharded)["state_dict"])
+    assert layout(checkpoint(plain)["state_dict"]) == layout(checkpoint(sharded)["state_dict"])
 
 
 @alone
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    train_for: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norms: list[float] = []
     real = torch.optim.AdamW.step
@@ -114,19 +111,19 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(
         norms.append(float(torch.nn.utils.get_total_norm(shards)))  # clipped as they were read
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    run = train("run", 3, *ONE, "--model.clip_norm", "0.25")
+    run = train_for("run", 3, *ONE, "--model.clip_norm", "0.25")
     assert norms == pytest.approx([0.25] * 3, rel=1e-4)
     assert min(measured(run, "grad_norm").values()) > 0.25
 
 
 @alone
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    train_for: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the initial ones: so this also shows that those are the same, bit for bit."""
     real = Pretraining.mean_loss
     monkeypatch.setattr(Pretraining, "mean_loss", lambda *of, **more: real(*of, **more) * float("nan"))
-    saved = [checkpoint(train("plain", 3)), checkpoint(train("sharded", 3, *ONE, *MICRO))]
+    saved = [checkpoint(train_for("plain", 3)), checkpoint(train_for("sharded", 3, *ONE, *MICRO))]
     monkeypatch.undo()
     assert_bitwise_equal(saved[0]["state_dict"], saved[1]["state_dict"])
     assert int(saved[1]["sinktrain"]["guard"]["_skipped"]) == 3
@@ -136,11 +133,11 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(
 @alone
 @pytest.mark.slow  # compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_layers_are_compiled_once_for_all_of_them(train: Callable[..., Path]) -> None:
+def test_layers_are_compiled_once_for_all_of_them(train_for: Callable[..., Path]) -> None:
     layers = ["--model.network.num_hidden_layers", "10"]  # torch gives up after 8 graphs of one function
-    eager = train("eager", 6, *ONE, *layers)
+    eager = train_for("eager", 6, *ONE, *layers)
     torch._dynamo.utils.counters.clear()
-    compiled = train("compiled", 6, *ONE, *layers, "--model.compile", "true")
+    compiled = train_for("compiled", 6, *ONE, *layers, "--model.compile", "true")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # training, validation
     assert measured(compiled, "train/loss") == pytest.approx(measured(eager, "train/loss"), rel=1e-4)
     torch._dynamo.reset()
@@ -149,7 +146,7 @@ def test_layers_are_compiled_once_for_all_of_them(train: Callable[..., Path]) ->
 @alone
 @pytest.mark.gpu
 def test_a_step_on_cuda_waits_for_nothing_and_is_that_of_one_device(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    train_for: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = ShardedStepper.__call__
 
@@ -163,10 +160,10 @@ def test_a_step_on_cuda_waits_for_nothing_and_is_that_of_one_device(
 
     monkeypatch.setattr(ShardedStepper, "__call__", step)
     cuda = ["--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed"]
-    plain, sharded = train("plain", 12, *cuda), train("sharded", 12, *cuda, *ONE, *MICRO)
+    plain, sharded = train_for("plain", 12, *cuda), train_for("sharded", 12, *cuda, *ONE, *MICRO)
     expected, found = measured(plain, "train/loss"), measured(sharded, "train/loss")
     assert found == pytest.approx(expected, abs=2e-2)
-    assert measured(train("sharded", 14, *cuda), "train/loss")[14] < found[1] - 1
+    assert measured(train_for("sharded", 14, *cuda), "train/loss")[14] < found[1] - 1
 
 
 # -- two processes --------------------------------------------------------------------------------
@@ -177,11 +174,11 @@ UNEVEN = ["--config", "sink", "--model.network.intermediate_size", "63"]
 
 @pytest.mark.slow  # two processes import lightning one after the other
 def test_one_process_then_two_then_one_equal_one_process(
-    shards: Path, tmp_path: Path, train: Callable[..., Path]
+    shards: Path, tmp_path: Path, train_for: Callable[..., Path]
 ) -> None:
     """Steps 1-6 on one process, 7-12 on two with micro-batches, 13-16 on one."""
-    whole = train("whole", 16, *UNEVEN)
-    parts = train("parts", 6, *UNEVEN)
+    whole = train_for("whole", 16, *UNEVEN)
+    parts = train_for("parts", 6, *UNEVEN)
     steps = ["--trainer.max_steps", "12", *MICRO]
     process = start(tiny_run(shards, parts, *CONSTANT, *UNEVEN, *TWO, *steps))
     _, told = process.communicate(timeout=300)
@@ -191,13 +188,13 @@ def test_one_process_then_two_then_one_equal_one_process(
     export(parts, tmp_path / "exported")  # checks its logits against the checkpoint's
     exported, trained = load_model(tmp_path / "exported"), load_model(parts)
     assert_bitwise_equal(dict(exported.state_dict()), dict(trained.state_dict()))
-    assert_close(whole, train("parts", 16, *UNEVEN))
+    assert_close(whole, train_for("parts", 16, *UNEVEN))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_either_process_stops_both_and_saves(
-    rank: int, shards: Path, tmp_path: Path, train: Callable[..., Path]
+    rank: int, shards: Path, tmp_path: Path, train_for: Callable[..., Path]
 ) -> None:
     rare = ["--checkpoint.every_n_steps", "100000", "--trainer.val_check_interval", "100000"]
     steps = ["--trainer.max_steps", "100000", *rare]
@@ -208,7 +205,7 @@ def test_sigterm_to_either_process_stops_both_and_saves(
     assert process.returncode == 143, told
     assert told.count("stopped by SIGTERM and saved; the same command continues") == 1, told
     end = checkpoint(tmp_path / "parts")["global_step"] + 4
-    assert_close(train("whole", end, *rare), train("parts", end, *rare))
+    assert_close(train_for("whole", end, *rare), train_for("parts", end, *rare))
 
 
 SPOILED = """\
@@ -232,7 +229,7 @@ sys.exit(main(["fit", *sys.argv[1:]]))
 
 @pytest.mark.slow
 def test_a_step_that_one_rank_spoils_is_skipped_on_both(
-    shards: Path, tmp_path: Path, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    shards: Path, tmp_path: Path, train_for: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "spoiled.py").write_text(SPOILED)
     options = [*CONSTANT, *TWO, *MICRO, "--trainer.max_steps", "8"]
@@ -245,7 +242,7 @@ def test_a_step_that_one_rank_spoils_is_skipped_on_both(
         return real(module, windows, rows) * (float("nan") if module.trainer.global_step == 5 else 1.0)
 
     monkeypatch.setattr(Pretraining, "mean_loss", spoiled)
-    one = train("one", 8)
+    one = train_for("one", 8)
     assert measured(one, "skipped_steps") == {step: float(step >= 6) for step in range(1, 9)}
     assert measured(tmp_path / "two", "skipped_steps") == measured(one, "skipped_steps")
     expected, found = measured(one, "train/loss"), measured(tmp_path / "two", "train/loss")

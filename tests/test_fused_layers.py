@@ -103,6 +103,7 @@ def test_attention_with_a_null_slot_and_its_gradients_equal_the_plain_ones(slot:
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * other.abs().max().item())
 
 
+@pytest.mark.slow
 def test_attentions_operator_keeps_what_torch_compile_is_told() -> None:
     if DEVICE == "cuda":
         pytest.skip("cuDNN takes half precision alone")
@@ -134,6 +135,7 @@ def test_mlp_that_keeps_no_activations_equals_the_plain_one(rows: int) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mlps_operator_keeps_what_torch_compile_is_told() -> None:
     mlp = MLP(NetworkConfig(16, 1, 2)).to(DEVICE)
     weights = list(mlp.parameters())[:3]

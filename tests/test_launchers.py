@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from test_distributed import CONSTANT, assert_close
+from lightning.fabric.plugins.environments import KubeflowEnvironment, LightningEnvironment
 from test_fit import assert_same_state, checkpoint
 from tiny_shards import tiny_run, wait_for
+from two_processes import CONSTANT, assert_close
 
 from sinktrain.cli import main
 from sinktrain.errors import ConfigError
 from sinktrain.training import launchers
+from sinktrain.training.continuing import Continuation
 from sinktrain.training.fit import fit
-from sinktrain.training.launchers import told_once_a_host, torchrun_devices
+from sinktrain.training.launchers import find_once, told_once_a_host, torchrun_devices
 from sinktrain.training.module import Pretraining
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +62,90 @@ def test_ranks_behind_the_first_of_a_host_wait_to_be_ended(
     with pytest.raises(ConfigError, match="a mistake"), told_once_a_host():
         raise ConfigError("a mistake")  # told after all, if nobody ended this rank
     assert waited == ([launchers.PATIENCE_S] if should_wait else [])
+
+
+# -- found once -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def a_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A free one, where ranks are told to meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    yield port
+    launchers._store.cache_clear()  # a process meets others once
+
+
+def a_rank(rank: int, environment: Any) -> Any:
+    strategy = SimpleNamespace(cluster_environment=environment)
+    return SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)
+
+
+class Finder:
+    """Looks once, and takes a moment; another time it would find something else."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.times = 0
+        self.error = error
+
+    def __call__(self) -> Continuation:
+        self.times += 1
+        time.sleep(0.1)
+        if self.error is not None:
+            raise self.error
+        return Continuation(Path(f"step-{self.times}.ckpt"), {Path("last.ckpt"): "damaged"})
+
+
+def of_both_ranks(find: Callable[[], Continuation]) -> list[Any]:
+    """What two ranks find, or raise; they are threads here, and meet as processes do."""
+
+    def ask(rank: int) -> Any:
+        try:
+            return find_once(a_rank(rank, KubeflowEnvironment()), find)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(ask, (1, 0)))
+
+
+@pytest.mark.usefixtures("a_port")
+def test_rank_0_alone_looks_and_all_get_what_it_found() -> None:
+    find = Finder()
+    expected = Continuation(Path("step-1.ckpt"), {Path("last.ckpt"): "damaged"})
+    assert of_both_ranks(find) == [expected, expected]
+    assert find.times == 1
+
+
+@pytest.mark.usefixtures("a_port")
+@pytest.mark.parametrize(
+    "error", [ConfigError("all are damaged"), PermissionError(13, "no permission", "runs/x")]
+)
+def test_what_rank_0_raises_all_raise(error: Exception) -> None:
+    other, own = of_both_ranks(Finder(error))
+    assert own is error
+    assert (type(other), str(other)) == (type(error), str(error))
+
+
+def test_ranks_that_lightning_starts_are_handed_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (launchers.FOUND, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is gone again behind the test
+        monkeypatch.delenv(name)
+    find, environment = Finder(), LightningEnvironment()
+    first = find_once(a_rank(0, environment), find)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_once(a_rank(1, environment), find) == first
+    assert find.times == 1
+
+
+def test_one_process_looks_for_itself() -> None:
+    find = Finder()
+    find_once(SimpleNamespace(world_size=1), find)  # type: ignore[arg-type]
+    assert find.times == 1
 
 
 # -- torchrun -------------------------------------------------------------------------------------
@@ -135,21 +226,23 @@ def command(folder: Path, name: str, *lines: str) -> Path:
     return path
 
 
+TASK = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NNODES": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NODELIST": "node1",
+}
+
+
 @pytest.fixture
 def one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This process as the only task of a SLURM job; returns the file that notes what scontrol is asked."""
-    variables = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_NTASKS": "1",
-        "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_NNODES": "1",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-        "SLURM_NODELIST": "node1",
-    }
-    for name, value in variables.items():
+    for name, value in TASK.items():
         monkeypatch.setenv(name, value)
     asked = tmp_path / "asked"
     command(tmp_path / "bin", "scontrol", f'echo "$*" >>"{asked}"')
@@ -180,6 +273,98 @@ def test_a_slurm_task_trains_stops_on_sigusr1_and_does_not_requeue_itself(
     assert checkpoint(tmp_path / "parts")["global_step"] == 6
     assert_same_state(train("whole"), train("parts"))
     assert not one_task.exists()
+
+
+def two_tasks(arguments: list[str], port: int) -> list[subprocess.Popen[str]]:
+    """``sinktrain fit`` as srun starts it twice on one host."""
+    environment = {name: os.environ[name] for name in FEW if name in os.environ}
+    environment |= {**TASK, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_PORT": str(port)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    command = [str(Path(sys.executable).with_name("sinktrain")), "fit", *arguments]
+    return [
+        subprocess.Popen(
+            command,
+            env=environment | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def ended_as_by_srun(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    """Exit codes, and all that was told. Like ``--kill-on-bad-exit`` it ends the others with the first."""
+    deadline = time.monotonic() + 120
+    while not any(process.poll() for process in processes):
+        if all(process.poll() == 0 for process in processes):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)  # those that have ended get none
+    told = "".join(process.communicate(timeout=60)[1] for process in processes)
+    return [process.returncode for process in processes], told
+
+
+STEPS = ["--trainer.max_steps", "100000", "--checkpoint.every_n_steps", "100000"]
+
+
+SLOW_END = """
+import time
+from lightning.pytorch.callbacks import Callback
+
+class SlowEnd(Callback):
+    def on_exception(self, trainer, *_):
+        time.sleep(8 * trainer.is_global_zero)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_either_slurm_task_ends_both_with_its_code(
+    rank: int, shards: Path, tmp_path: Path, a_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun reports the highest: SIGTERM's 143 of a task that it ended would hide the 138 of the others.
+
+    Here rank 0 has more to do at the end, as with a logger that uploads.
+    """
+    (tmp_path / "slow_end.py").write_text(SLOW_END)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    steps = [*STEPS, "--trainer.callbacks+=slow_end.SlowEnd"]
+    processes = two_tasks(tiny_run(shards, tmp_path / "run", *CONSTANT, *TWO, *steps), a_port)
+    wait_for(20, tmp_path / "run", processes[0])
+    processes[rank].send_signal(signal.SIGUSR1)
+    codes, told = ended_as_by_srun(processes)
+    assert codes == [138, 138], told
+    assert told.count("stopped by SIGUSR1 and saved; the same command continues") == 1, told
+
+
+@pytest.mark.slow
+def test_a_run_that_only_skips_ends_all_tasks_with_exit_code_2(
+    shards: Path, tmp_path: Path, a_port: int
+) -> None:
+    spoilt = ["--model.learning_rate", "1e30", "--model.max_skipped_steps", "3"]
+    processes = two_tasks(tiny_run(shards, tmp_path / "run", *TWO, *STEPS, *spoilt), a_port)
+    codes, told = ended_as_by_srun(processes)
+    assert codes == [2, 2], told
+    assert told.count("were all skipped") == 1, told
+
+
+@pytest.mark.slow
+def test_slurm_tasks_continue_from_the_newest_whole_checkpoint(
+    shards: Path, tmp_path: Path, train: Callable[..., Path], a_port: int
+) -> None:
+    """They meet for that before they have a process group, at the same address."""
+    whole = train("whole", *CONSTANT)
+    newest = (train("run", *CONSTANT, "--trainer.max_steps", "8") / "checkpoints" / "last.ckpt").resolve()
+    newest.write_bytes(newest.read_bytes()[:-100])
+    codes, told = ended_as_by_srun(
+        two_tasks(tiny_run(shards, whole.with_name("run"), *CONSTANT, *TWO), a_port)
+    )
+    assert codes == [0, 0], told
+    assert told.count("continuing from the one before") == 1, told
+    assert told.count("from step-00000004.ckpt") == 1, told
+    assert_close(whole, whole.with_name("run"))
 
 
 class Job:
@@ -265,3 +450,15 @@ def test_torchrun_says_how_many_devices_there_are(monkeypatch: pytest.MonkeyPatc
         ConfigError, match=r"^--trainer\.devices 3, but torchrun started 2 processes .*leave it"
     ):
         torchrun_devices(3)
+
+
+@pytest.mark.slow
+def test_slurm_tasks_tell_once_that_all_is_damaged(
+    shards: Path, tmp_path: Path, train: Callable[..., Path], a_port: int
+) -> None:
+    run = train("run", *CONSTANT, "--trainer.max_steps", "4")
+    newest = (run / "checkpoints" / "last.ckpt").resolve()
+    newest.write_bytes(newest.read_bytes()[:-100])
+    codes, told = ended_as_by_srun(two_tasks(tiny_run(shards, run, *CONSTANT, *TWO), a_port))
+    assert codes == [2, -15], told
+    assert told.count("is damaged") == 1, told

@@ -75,9 +75,9 @@ def test_a_checkpoint_holds_the_state_but_the_gradients() -> None:
 @pytest.mark.parametrize(("stage", "part"), [(1, (4 + 4 + 2) / 16), (2, (4 + 1 + 2) / 16), (3, 1 / 4)])
 def test_each_zero_stage_shards_more(stage: int, part: float) -> None:
     pytest.importorskip("deepspeed")
-    from lightning.pytorch.strategies import DeepSpeedStrategy
+    from sinktrain.training.zero import ZeroStrategy
 
-    sharded = estimate_memory(SMALL, 1, 128, strategy=DeepSpeedStrategy(stage=stage), world_size=4)
+    sharded = estimate_memory(SMALL, 1, 128, strategy=ZeroStrategy(stage=stage), world_size=4)
     assert sharded.state == part * estimate_memory(SMALL, 1, 128).state
 
 

@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import CONSTANT, assert_close, processes_of
 from test_fit import assert_bitwise_equal, checkpoint, measured
 from tiny_shards import start, tiny_run, wait_for
+from two_processes import CONSTANT, addresses, assert_close, hold_back_writing, layout, processes_of
 
 from sinktrain.cli import main
 from sinktrain.errors import ConfigError
 from sinktrain.training import guard, zero
 from sinktrain.training.fit import fit, validate
 from sinktrain.training.module import Pretraining
-from sinktrain.training.zero import check_device, share
+from sinktrain.training.sharding import GATHERED
+from sinktrain.training.zero import ZeroStrategy, check_device, share
 
 MICRO = ["--data.micro_batch", "2"]
 BF16 = ["--trainer.precision", "bf16-mixed"]
@@ -44,37 +45,11 @@ def deepspeed() -> Iterator[Any]:
     os.environ.update(environment)
 
 
-@pytest.fixture
-def train(shards: Path, tmp_path: Path) -> Callable[..., Path]:
-    def run(name: str, max_steps: int, *options: str) -> Path:
-        fit(tiny_run(shards, tmp_path / name, *CONSTANT, "--trainer.max_steps", str(max_steps), *options))
-        return tmp_path / name
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 steps on one device."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    fit(tiny_run(shards, run, *CONSTANT))
-    return run
-
-
 needs_deepspeed = pytest.mark.usefixtures("deepspeed")
 one_fast_stage = pytest.mark.parametrize(
     "stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
 every_stage = pytest.mark.parametrize("stage", [1, 2, 3])
-
-
-def layout(value: Any) -> Any:
-    """The same with tensors' kinds in place of their numbers."""
-    if isinstance(value, torch.Tensor):
-        return type(value), value.dtype, value.shape, value.device
-    if isinstance(value, dict):
-        return {key: layout(inner) for key, inner in value.items()}
-    return [layout(inner) for inner in value] if isinstance(value, list) else value
 
 
 # -- one process ----------------------------------------------------------------------------------
@@ -83,19 +58,46 @@ def layout(value: Any) -> Any:
 @needs_deepspeed
 @one_fast_stage
 def test_a_run_goes_from_zero_to_one_device_and_back_and_equals_one_device(
-    stage: int, whole: Path, train: Callable[..., Path]
+    stage: int, whole: Path, train_for: Callable[..., Path]
 ) -> None:
-    first = train("parts", 5, *overlay(stage), *MICRO)
+    first = train_for("parts", 5, *overlay(stage), *MICRO)
     assert layout(checkpoint(first)["optimizer_states"]) == layout(checkpoint(whole)["optimizer_states"])
-    train("parts", 8)
-    assert_close(whole, train("parts", 12, *overlay(stage), "--data.micro_batch", "1"))
+    train_for("parts", 8)
+    assert_close(whole, train_for("parts", 12, *overlay(stage), "--data.micro_batch", "1"))
+
+
+@needs_deepspeed
+@one_fast_stage
+def test_steps_taken_while_a_checkpoint_is_written_do_not_change_it(
+    stage: int, train_for: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is there a second copy of what was gathered."""
+    expected = checkpoint(train_for("expected", 6, *overlay(stage)), "step-00000004.ckpt")
+    real, gathered = ZeroStrategy._whole, []
+
+    def whole(*what: Any) -> torch.Tensor:
+        gathered.append(real(*what))
+        return gathered[-1]
+
+    monkeypatch.setattr(ZeroStrategy, "_whole", whole)
+    handed_over = hold_back_writing(monkeypatch)
+    found = checkpoint(train_for("found", 6, *overlay(stage)), "step-00000004.ckpt")
+    assert_bitwise_equal(expected, found)
+    steps = {state["step"].data_ptr() for state in handed_over[0]["optimizer_states"][0]["state"].values()}
+    for key in GATHERED:
+        assert addresses(handed_over[0][key]) <= addresses(gathered) | steps
 
 
 @needs_deepspeed
 @pytest.mark.slow
 @every_stage
-def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(stage: int, train: Callable[..., Path]) -> None:
-    plain, sharded = train("plain", 12, *BF16, *MICRO), train("sharded", 12, *BF16, *MICRO, *overlay(stage))
+def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(
+    stage: int, train_for: Callable[..., Path]
+) -> None:
+    plain, sharded = (
+        train_for("plain", 12, *BF16, *MICRO),
+        train_for("sharded", 12, *BF16, *MICRO, *overlay(stage)),
+    )
     assert measured(sharded, "train/loss") == pytest.approx(measured(plain, "train/loss"), abs=2e-3)
     assert measured(sharded, "grad_norm") == pytest.approx(measured(plain, "grad_norm"), rel=5e-3)
     expected, found = checkpoint(plain), checkpoint(sharded)
@@ -111,14 +113,14 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(stage: int, train: 
 @every_stage
 @pytest.mark.parametrize("precision", [[], BF16])
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(
-    stage: int, precision: list[str], train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    stage: int, precision: list[str], train_for: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the initial ones: so this also shows that those are the same, bit for bit, in float32."""
     real = Pretraining.mean_loss
     monkeypatch.setattr(Pretraining, "mean_loss", lambda *of, **more: real(*of, **more) * float("nan"))
     saved = [
-        checkpoint(train("plain", 3)),
-        checkpoint(train("sharded", 3, *overlay(stage), *MICRO, *precision)),
+        checkpoint(train_for("plain", 3)),
+        checkpoint(train_for("sharded", 3, *overlay(stage), *MICRO, *precision)),
     ]
     monkeypatch.undo()
     assert_bitwise_equal(saved[0]["state_dict"], saved[1]["state_dict"])
@@ -129,7 +131,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(
 @needs_deepspeed
 @one_fast_stage
 def test_a_spike_is_skipped_as_on_one_device(
-    stage: int, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    stage: int, train_for: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Pretraining.mean_loss
 
@@ -138,7 +140,7 @@ def test_a_spike_is_skipped_as_on_one_device(
 
     monkeypatch.setattr(guard, "WINDOW", 8)
     monkeypatch.setattr(Pretraining, "mean_loss", mean_loss)
-    plain, sharded = (checkpoint(train(name, 8, *more)) for name, more in (
+    plain, sharded = (checkpoint(train_for(name, 8, *more)) for name, more in (
         ("plain", []), ("sharded", [*overlay(stage), *MICRO])
     ))  # fmt: skip
     monkeypatch.undo()
@@ -162,13 +164,13 @@ def test_validate_scores_what_one_device_wrote(stage: int, whole: Path, shards: 
 @pytest.mark.slow
 @every_stage
 def test_a_run_cut_off_after_its_last_step_is_validated_and_finished(
-    stage: int, train: Callable[..., Path]
+    stage: int, train_for: Callable[..., Path]
 ) -> None:
-    run = train("run", 3, *overlay(stage))
+    run = train_for("run", 3, *overlay(stage))
     manifest = run / "manifest.json"
     finished = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(finished | {"is_finished": False}))
-    train("run", 3, *overlay(stage))
+    train_for("run", 3, *overlay(stage))
     found = json.loads(manifest.read_text())
     assert found["is_finished"]
     assert found["val_loss_nats"] == pytest.approx(finished["val_loss_nats"], rel=1e-6)
@@ -178,13 +180,13 @@ def test_a_run_cut_off_after_its_last_step_is_validated_and_finished(
 @pytest.mark.gpu
 @every_stage
 def test_on_cuda_zero_trains_as_one_device_and_each_continues_the_other(
-    stage: int, train: Callable[..., Path]
+    stage: int, train_for: Callable[..., Path]
 ) -> None:
     cuda = ["--trainer.accelerator", "gpu", *BF16, *MICRO]
-    plain = train("plain", 12, *cuda)
-    train("parts", 5, *cuda, *overlay(stage))
-    train("parts", 8, *cuda)
-    parts = train("parts", 12, *cuda, *overlay(stage))
+    plain = train_for("plain", 12, *cuda)
+    train_for("parts", 5, *cuda, *overlay(stage))
+    train_for("parts", 8, *cuda)
+    parts = train_for("parts", 12, *cuda, *overlay(stage))
     assert measured(parts, "train/loss") == pytest.approx(measured(plain, "train/loss"), abs=2e-2)
     expected, found = checkpoint(plain), checkpoint(parts)
     assert layout(expected["state_dict"]).keys() == layout(found["state_dict"]).keys()
@@ -204,24 +206,24 @@ UNEVEN = ["--config", "sink", "--model.network.intermediate_size", "63"]
 @pytest.mark.slow  # two processes import lightning one after the other
 @every_stage
 def test_one_process_then_two_then_one_equal_one_process(
-    stage: int, shards: Path, train: Callable[..., Path]
+    stage: int, shards: Path, train_for: Callable[..., Path]
 ) -> None:
     """Steps 1-6 on one process, 7-12 on two with micro-batches, 13-16 on one."""
-    whole = train("whole", 16, *UNEVEN)
-    parts = train("parts", 6, *UNEVEN)
+    whole = train_for("whole", 16, *UNEVEN)
+    parts = train_for("parts", 6, *UNEVEN)
     steps = ["--trainer.max_steps", "12", *MICRO]
     process = start(tiny_run(shards, parts, *CONSTANT, *UNEVEN, *overlay(stage, devices=2), *steps))
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert told.count("from step-00000006.ckpt") == 1, told  # said by rank 0 alone
     assert told.count("finished at step 12") == 1, told
-    assert_close(whole, train("parts", 16, *UNEVEN))
+    assert_close(whole, train_for("parts", 16, *UNEVEN))
 
 
 @needs_deepspeed
 @pytest.mark.slow
 def test_sigterm_to_the_second_process_stops_both_and_saves(
-    shards: Path, tmp_path: Path, train: Callable[..., Path]
+    shards: Path, tmp_path: Path, train_for: Callable[..., Path]
 ) -> None:
     rare = ["--checkpoint.every_n_steps", "100000", "--trainer.val_check_interval", "100000"]
     steps = ["--trainer.max_steps", "100000", *rare]
@@ -232,7 +234,7 @@ def test_sigterm_to_the_second_process_stops_both_and_saves(
     assert process.returncode == 143, told
     assert told.count("stopped by SIGTERM and saved; the same command continues") == 1, told
     end = checkpoint(tmp_path / "parts")["global_step"] + 4
-    assert_close(train("whole", end, *rare), train("parts", end, *rare))
+    assert_close(train_for("whole", end, *rare), train_for("parts", end, *rare))
 
 
 # -- parts and messages ---------------------------------------------------------------------------

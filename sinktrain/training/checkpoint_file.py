@@ -29,9 +29,11 @@ class CheckpointFile(TorchCheckpointIO):
     the second time, but pinning takes as long as the first copy, and is never undone.
 
     ``num_bytes`` is the size of the tensors that were last written, or that there was no space for.
+    ``are_copies`` are the keys of a checkpoint under which tensors are copies on the CPU already.
     """
 
     num_bytes = 0
+    are_copies: frozenset[str] = frozenset()
     _writing: Future[None] | None = None
 
     def save_checkpoint(
@@ -54,7 +56,10 @@ class CheckpointFile(TorchCheckpointIO):
             self._write(checkpoint, Path(path))
             return
         assert self._writing is None, "wait for the file before"
-        copied = apply_to_collection(checkpoint, Tensor, _copy_on_host)
+        copied = {
+            key: apply_to_collection(value, Tensor, Tensor.detach if key in self.are_copies else copy_on_host)
+            for key, value in checkpoint.items()
+        }
         writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing = writer.submit(self._write, copied, Path(path), storage_options)
         writer.shutdown(wait=False)
@@ -86,7 +91,7 @@ class CheckpointFile(TorchCheckpointIO):
             then()
 
 
-def _copy_on_host(tensor: Tensor) -> Tensor:
+def copy_on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 

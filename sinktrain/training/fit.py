@@ -24,7 +24,7 @@ from sinktrain.training.checkpoint_file import check_whole
 from sinktrain.training.companions import LAUNCHED_BY
 from sinktrain.training.continuing import Continuation, leave_behind, set_aside
 from sinktrain.training.dry_run import plan
-from sinktrain.training.launchers import told_once_a_host
+from sinktrain.training.launchers import find_once, told_once_a_host
 from sinktrain.training.memory import checkpoint_bytes, num_parameters
 from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.module import arm_name
@@ -88,7 +88,9 @@ def _fit(cli: TrainingCLI, measures: MoreCallbacks | None) -> None:
 
 def _continue(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> None:
     """Train from where the run is, to its end."""
-    run, found = cli.run, find_start(cli)
+    run = cli.run
+    with told_once_a_host():
+        found = find_once(trainer, lambda: find_start(cli))
     if is_finished(cli, found.checkpoint, trainer.max_steps):
         if _is_rank_zero():
             _say(f"{cli.title}: finished already; a larger --trainer.max_steps continues it")

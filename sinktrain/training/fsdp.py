@@ -17,8 +17,9 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from sinktrain.model.neox import GPTNeoX
+from sinktrain.training.checkpoint_file import copy_on_host
+from sinktrain.training.sharding import ShardingStrategy
 from sinktrain.training.step import Stepper, sum_over_ranks
-from sinktrain.training.whole_checkpoints import WholeCheckpoints
 
 
 class ShardedStepper(Stepper):
@@ -42,11 +43,8 @@ class ShardedStepper(Stepper):
         return sum_over_ranks(get_total_norm(gradients, foreach=True).square()).sqrt()
 
 
-class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
+class FSDP2Strategy(ShardingStrategy, ModelParallelStrategy):
     """Every rank keeps 1/ranks of weights, gradients and optimizer, and gathers a layer when it computes it.
-
-    Checkpoints are single files of whole tensors, in the layout of a run on one device: any strategy, on
-    any number of devices, continues from them.
 
     Args:
         reshard_after_forward: drop a layer's gathered weights after its forward pass and gather them
@@ -55,6 +53,8 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
     """
 
     stepper = ShardedStepper
+    stage = 3
+    gathers_layers = True
 
     def __init__(
         self, reshard_after_forward: bool = True, timeout: timedelta = timedelta(minutes=30)
@@ -95,7 +95,7 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
         for name, tensor in tensors.items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.is_global_zero:
-                gathered[name] = whole.cpu()
+                gathered[name] = copy_on_host(whole)
         return gathered
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

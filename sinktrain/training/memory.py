@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from sinktrain.model.checkpoints import empty_model
 from sinktrain.model.config import ModelConfig
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.training.muon import muon_groups
+from sinktrain.training.sharding import is_sharded
 
 GIB = 2**30
 
@@ -132,16 +126,11 @@ def _moments_bytes(model: GPTNeoX, is_muon: bool) -> int:
 
 def sharded_stage(strategy: Strategy | None) -> int:
     """What is in shards, as ZeRO counts: 1 the optimizer, 2 gradients too, 3 weights too; 0 nothing."""
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-        return 3
-    if isinstance(strategy, DeepSpeedStrategy):
-        config: dict[str, Any] = strategy.config or {}
-        return int(config.get("zero_optimization", {}).get("stage", 0))
-    return 0
+    return strategy.stage if is_sharded(strategy) else 0
 
 
 def _copies_gradients(strategy: Strategy | None) -> bool:
     """Whether DDP's buckets hold the gradients a second time."""
-    if not isinstance(strategy, DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+    if not isinstance(strategy, DDPStrategy) or is_sharded(strategy):
         return False
     return not strategy._ddp_kwargs.get("gradient_as_bucket_view", False)

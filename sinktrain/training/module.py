@@ -23,12 +23,14 @@ from sinktrain.errors import ConfigError
 from sinktrain.model.checkpoints import CHECKPOINT_KEY, FORMAT_VERSION, load_model
 from sinktrain.model.config import ModelConfig, NetworkConfig, SinkConfig
 from sinktrain.model.init import continue_from, initialize
+from sinktrain.model.masked_attention import Mask
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.training.graphed import GraphedStepper
 from sinktrain.training.muon import muon, muon_groups
 from sinktrain.training.optim import adamw, parameter_groups
 from sinktrain.training.random_states import random_states, restore_random_states
 from sinktrain.training.schedule import Schedule
+from sinktrain.training.sharding import is_sharded
 from sinktrain.training.step import Stepper, fast_attention
 
 GRAPHED_PARAMETERS = 100_000_000
@@ -59,6 +61,10 @@ class Pretraining(pl.LightningModule):
             pass: a third more work in a fraction of the memory.
         cuda_graph: replay a step as one CUDA graph, on one CUDA device; when null, for models of up to
             100m parameters, which otherwise wait for launches.
+        window: how many tokens, the newest, a token sees in training besides the sinks, as in a stream under
+            the layout sinks + window; when null all. The mask costs the fastest kernels.
+        mask_documents: let a token see the tokens of its own document and the sinks alone; each document then
+            has them right in front of it, as if it began with its own.
         init_from: a MODEL whose weights training starts from, instead of Pythia's initialisation. Sinks that
             it was not trained with get freshly drawn embeddings, in rows that its vocabulary already has.
         seed: of the initialisation; ``seed_everything``.
@@ -86,10 +92,14 @@ class Pretraining(pl.LightningModule):
         compile: bool | None = None,
         recompute_activations: bool = False,
         cuda_graph: bool | None = None,
+        window: int | None = None,
+        mask_documents: bool = False,
         init_from: str | None = None,
         seed: int = 1234,
     ) -> None:
         super().__init__()
+        if window is not None and window < 1:
+            raise ConfigError(f"model.window is {window}; use 1 or more, or null for all earlier tokens")
         _check_recipe(learning_rate, min_lr_ratio, weight_decay, betas, eps, clip_norm)
         _check_skipping(spike_sigma, max_skipped_steps)
         self.automatic_optimization = False
@@ -110,6 +120,8 @@ class Pretraining(pl.LightningModule):
         self.should_compile = compile
         self.recompute_activations = recompute_activations
         self.cuda_graph = cuda_graph
+        self.window = window
+        self.mask_documents = mask_documents
         self.init_from = init_from
         self.seed = seed
         self.network = None
@@ -171,18 +183,21 @@ class Pretraining(pl.LightningModule):
             continue_from(self.network, self._source, self.seed)
             self._source.to("meta")  # its weights have been taken
         self.network.recomputes_activations = self.recompute_activations
+        if self.window is not None or self.mask_documents:
+            document_end = self._data.manifest.eos_token_id if self.mask_documents else None
+            self.network.mask = Mask(self.window, document_end)
         self.register_buffer(
             "sink_ids", torch.tensor(self.network.sink_ids, dtype=torch.int64), persistent=False
         )
-        strategy: Any = self.trainer.strategy
-        is_sharded = hasattr(strategy, "shard")
-        if is_sharded:
+        strategy = self.trainer.strategy
+        if is_sharded(strategy):
             strategy.shard(self.network)
         use_cuda = strategy.root_device.type == "cuda"
         self.is_compiled = use_cuda if self.should_compile is None else self.should_compile
         if self.is_compiled:
             # Layer by layer where they are gathered one by one: a graph would break at each of them.
-            for part in self.network.gpt_neox.layers if is_sharded else [self.network]:
+            is_in_parts = is_sharded(strategy) and strategy.gathers_layers
+            for part in self.network.gpt_neox.layers if is_in_parts else [self.network]:
                 part.compile(dynamic=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -191,20 +206,20 @@ class Pretraining(pl.LightningModule):
 
     def check_strategy(self) -> None:
         """Refuse a strategy that needs a stepper and brings none, and settings that one cannot serve."""
-        strategy: Any = self.trainer.strategy
-        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy) and not hasattr(strategy, "stepper"):
+        strategy = self.trainer.strategy
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy) and not is_sharded(strategy):
             raise ConfigError(
                 f"trainer.strategy {type(strategy).__name__} is not supported; "
                 "use --config ddp, fsdp, deepspeed-zero1, -zero2 or -zero3"
             )
-        if hasattr(strategy, "check"):
+        if is_sharded(strategy):
             strategy.check(self)
         if self.cuda_graph and not self._can_graph:
             raise ConfigError(
                 "model.cuda_graph true needs one CUDA device, without --config ddp, and "
                 "model.recompute_activations false; leave it out"
             )
-        if self.optimizer_kind == "muon" and hasattr(strategy, "stepper"):
+        if self.optimizer_kind == "muon" and is_sharded(strategy):
             raise ConfigError(
                 f"model.optimizer muon needs whole matrices, which {type(strategy).__name__} shards; "
                 "use --config ddp, or --model.optimizer adamw"
@@ -304,9 +319,9 @@ class Pretraining(pl.LightningModule):
         self._stepper = None  # a CUDA graph holds the memory of a step
 
     def _stepper_class(self) -> type[Stepper]:
-        strategy: Any = self.trainer.strategy
-        if hasattr(strategy, "stepper"):
-            return cast(type[Stepper], strategy.stepper)
+        strategy = self.trainer.strategy
+        if is_sharded(strategy):
+            return strategy.stepper
         num_parameters = sum(p.numel() for p in self.require_network.parameters())
         is_small = self.is_compiled and num_parameters <= GRAPHED_PARAMETERS
         is_graphed = self._can_graph and (is_small if self.cuda_graph is None else self.cuda_graph)

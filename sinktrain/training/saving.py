@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback
 
 from sinktrain.errors import ConfigError, TrainingError
 from sinktrain.training.checkpoint_file import CheckpointFile
+from sinktrain.training.launchers import USER_MISTAKE, leave_together
+from sinktrain.training.sharding import GATHERED, is_sharded
 
 LAST = "last.ckpt"
 LOG_SPACED = (0, *(2**exponent for exponent in range(10)))
@@ -80,6 +82,7 @@ class Checkpoints(Callback):
 
     def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         trainer.strategy.checkpoint_io = self._file
+        self._file.are_copies = GATHERED if is_sharded(trainer.strategy) else frozenset()
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.is_global_zero:
@@ -111,7 +114,7 @@ class Checkpoints(Callback):
         """Save now, unless this step has been; every rank must ask for it.
 
         Raises:
-            TrainingError: on every rank, when rank 0 could not write; the checkpoint before is whole.
+            TrainingError: rank 0 could not write, and all leave; the checkpoint before is whole.
         """
         self.begin(trainer)
         self._wait(trainer)
@@ -120,7 +123,7 @@ class Checkpoints(Callback):
         """As ``save``, but return when rank 0 has a copy of the state, and leave the rest to its background.
 
         Raises:
-            TrainingError: on every rank, when rank 0 could not write the one that was begun before.
+            TrainingError: rank 0 could not write the one that was begun before, and all leave.
         """
         step = trainer.global_step
         if step == self._begun_step:
@@ -132,18 +135,17 @@ class Checkpoints(Callback):
         self._begun_step = step
 
     def _wait(self, trainer: pl.Trainer) -> None:
-        problem, defect = "", None
+        exit_code = 0
+        problem: Exception | None = None
         try:
             self._file.wait()
         except OSError as error:
-            problem = self._what_failed(self.folder / _name(self._begun_step), error)
+            exit_code, problem = USER_MISTAKE, TrainingError(self._what_failed(error))
         except Exception as error:
-            problem, defect = f"{_name(self._begun_step)} could not be written: {error!r}", error
-        problem = trainer.strategy.broadcast(problem)
-        if defect:
-            raise defect
-        if problem:
-            raise TrainingError(problem)
+            exit_code, problem = 1, error
+        exit_code = trainer.strategy.broadcast(exit_code)
+        if exit_code:
+            leave_together(trainer, exit_code, problem)
 
     def _put(self, temporary: Path, path: Path, step: int) -> None:
         """Give a whole checkpoint its names."""
@@ -153,8 +155,8 @@ class Checkpoints(Callback):
         name_last(path)
         self._discard_before(step)
 
-    def _what_failed(self, path: Path, error: OSError) -> str:
-        free = shutil.disk_usage(self.folder).free
+    def _what_failed(self, error: OSError) -> str:
+        path, free = self.folder / _name(self._begun_step), shutil.disk_usage(self.folder).free
         return (
             f"{path} could not be written: {error.strerror}; it takes {_megabytes(self._file.num_bytes)} and "
             f"{_megabytes(free)} are free; free some space: {what_continues(self.folder)}"

@@ -1,7 +1,7 @@
 """One optimizer step, from windows to weights; nothing in it waits for the device.
 
 ``Stepper`` is for one device and for DDP. What shards weights, gradients or the optimizer has a stepper
-of its own (``sinktrain.training.fsdp``, ``sinktrain.training.zero``).
+of its own (``sinktrain.training.fsdp``, ``sinktrain.training.zero_step``).
 """
 
 from __future__ import annotations

@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from sinktrain.errors import TrainingError
+from sinktrain.training.launchers import STOP_SIGNALS, USER_MISTAKE, leave_together
 from sinktrain.training.module import Pretraining
 from sinktrain.training.saving import Checkpoints, validation_follows, what_continues
 
 
 class Stopped(BaseException):
-    """Training was told to stop and has saved; ``signum`` says by which signal."""
+    """Training was told to stop and has saved; ``signum`` says by which signal. Raised on rank 0 alone."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -35,7 +36,6 @@ class StopOnSignal(Callback):
     ever when a rank other than 0 gets the signal, and once a step besides, which waits for the device.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     AGREE_EVERY_S = 2.0
     """Seconds between agreements, each of which waits for the device; SLURM and torchrun kill after 30."""
 
@@ -48,7 +48,7 @@ class StopOnSignal(Callback):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        for signum in self.SIGNALS:
+        for signum in STOP_SIGNALS:
             self._previous[signum] = signal.signal(signum, self._note)
         self._agreed_at, self._agreed_step = time.perf_counter(), trainer.global_step
         self._next_step = trainer.global_step + 1
@@ -66,7 +66,7 @@ class StopOnSignal(Callback):
         signum = self._signum if trainer.world_size == 1 else self._agreed_signal(trainer)
         if signum and not validation_follows(trainer):  # or that step's held-out loss would be lost
             self.checkpoints.save(trainer)
-            raise Stopped(signum)
+            leave_together(trainer, 128 + signum, Stopped(signum))
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._signum and signum == signal.SIGINT:
@@ -109,9 +109,10 @@ class StopWhenSkipping(Callback):
         skipped = module.stepper.guard.skipped_in_a_row
         if skipped >= module.max_skipped_steps:
             self.checkpoints.save(trainer)
-            raise TrainingError(
+            problem = (
                 f"steps {step - skipped + 1} to {step} were all skipped: their losses or gradients spiked or "
                 f"were not finite; the weights are those after step {step - skipped}, and "
                 f"{what_continues(self.checkpoints.folder)}; try a lower --model.learning_rate, "
                 "--trainer.precision 32-true or an older checkpoint (--resume PATH), and look at those data"
             )
+            leave_together(trainer, USER_MISTAKE, TrainingError(problem))

@@ -22,9 +22,9 @@ from torch.optim import AdamW, Optimizer
 
 from sinktrain.data.datamodule import WindowData
 from sinktrain.errors import ConfigError
-from sinktrain.training.guard import SpikeGuard
-from sinktrain.training.step import Stepper, fast_attention
-from sinktrain.training.whole_checkpoints import WholeCheckpoints
+from sinktrain.training.checkpoint_file import copy_on_host
+from sinktrain.training.sharding import ShardingStrategy
+from sinktrain.training.zero_step import ZeroStepper
 
 if TYPE_CHECKING:
     from sinktrain.training.module import Pretraining
@@ -36,71 +36,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, besides the steps counted."""
 
 
-class LossGuard(SpikeGuard):
-    """A ``SpikeGuard`` that can tell of a loss alone, before there is a gradient."""
-
-    def is_harmful(self, loss: Tensor) -> Tensor:
-        """Whether the step of this loss, float[], will be skipped whatever its gradient: bool[]."""
-        loss = loss.to(torch.float32)
-        is_harmful = ~loss.isfinite()
-        return is_harmful if self.sigma is None else is_harmful | self._is_spike(loss, self.sigma)
-
-
-class ZeroStepper(Stepper):
-    """DeepSpeed accumulates, exchanges, clips and applies; micro-batches are its accumulation steps.
-
-    DeepSpeed skips a step by itself where the gradient is not finite. A spike is known before the last
-    micro-batch's backward pass, whose loss is then multiplied by NaN: so DeepSpeed skips that step too.
-    We wait for the device nowhere; DeepSpeed does once a step, to look at its norm. ``grad_norm`` of a
-    skipped step is infinite.
-    """
-
-    def __init__(self, module: Pretraining) -> None:
-        super().__init__(module)
-        self.guard: LossGuard = LossGuard(module.spike_sigma, self.strategy.root_device)
-
-    def __call__(self, windows: Tensor, learning_rate: float) -> None:
-        """Train on int64[rows, seq + 1]."""
-        engine, optimizer = self.strategy.deepspeed_engine, cast(Any, self.module.optimizers())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        with fast_attention():
-            *earlier, last = torch.split(windows, self.module.rows_at_once)
-            losses = []
-            for micro_batch in earlier:
-                loss = self.forward(micro_batch, len(windows))
-                self.backward(loss)
-                engine.step()
-                losses.append(loss.detach())
-            loss = self.forward(last, len(windows))
-            self.loss = self.mean_over_ranks(torch.stack([*losses, loss.detach()]).sum())
-            is_harmful = self.guard.is_harmful(self.loss)
-            self.backward(loss * torch.where(is_harmful, torch.nan, 1.0))
-        optimizer.step()  # counted by Lightning, which calls engine.step()
-        norm = engine.get_global_grad_norm()
-        self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.loss.device)
-        self.guard.judge(self.loss, self.grad_norm.where(~is_harmful, 0.0))
-
-    def forward(self, micro_batch: Tensor, rows: int) -> Tensor:
-        """``Pretraining.mean_loss``, called through DeepSpeed's engine as its hooks want it."""
-        redirect = self.strategy._forward_redirection
-        return cast(Tensor, redirect(self.strategy.model, self.module, "mean_loss", micro_batch, rows))
-
-    def backward(self, loss: Tensor) -> None:
-        """Undo DeepSpeed's division by the number of micro-batches: the loss is a share of the mean already.
-
-        Its own switch for that (``scale_wrt_gas``) divides all the same, in version 0.19.8 and stage 1.
-        """
-        self.module.manual_backward(loss * self.strategy.deepspeed_engine.gradient_accumulation_steps())
-
-
-class ZeroStrategy(WholeCheckpoints, DeepSpeedStrategy):
+class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
     """ZeRO by DeepSpeed: every rank keeps 1/ranks of the optimizer, of gradients and of weights.
 
     Under ``bf16-mixed`` the network itself is bfloat16, and float32 master weights are in the shards;
-    gradients are added up and exchanged in float32. Checkpoints are single files of whole float32
-    tensors, in the layout of a run on one device: any strategy, on any number of devices, continues from
-    them. They are gathered parameter by parameter, to the CPU of rank 0.
+    gradients are added up and exchanged in float32. Checkpoints are gathered parameter by parameter.
 
     Stage 3 is not compiled: it gathers the weights of each module in hooks, which break a graph.
 
@@ -114,6 +54,7 @@ class ZeroStrategy(WholeCheckpoints, DeepSpeedStrategy):
     def __init__(self, stage: Literal[1, 2, 3] = 1, timeout: timedelta = timedelta(minutes=30)) -> None:
         sizes = {"reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE}
         config: dict[str, Any] = {"zero_optimization": {"stage": stage, **sizes}}
+        self.stage = stage
         if find_spec("deepspeed") is None:  # ``check`` will say so: jsonargparse buries what is raised here
             DDPStrategy.__init__(self, timeout=timeout)
             self.config = config
@@ -274,7 +215,7 @@ class ZeroStrategy(WholeCheckpoints, DeepSpeedStrategy):
             if key is None
             else safe_get_full_optimizer_state(parameter, key)
         )
-        return cast(Tensor, whole).cpu() if self.is_global_zero else whole
+        return copy_on_host(cast(Tensor, whole)) if self.is_global_zero else whole
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
