@@ -77,6 +77,7 @@ def check_picture(tab: Tab, path: Path, width: int) -> None:
     assert len(picture) > 50_000
 
 
+@pytest.mark.slow
 def test_all_plots_are_drawn_offline_wide_and_narrow_light_and_dark_without_a_word_in_the_console(
     tab: Tab, results: Results, tmp_path: Path
 ) -> None:

@@ -278,7 +278,10 @@ def interrupted(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-@pytest.mark.parametrize("options", [[], ["--config", "sink", "--data.micro_batch", "2"]])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param([], marks=pytest.mark.slow), ["--config", "sink", "--data.micro_batch", "2"]],
+)
 def test_a_run_cut_off_continues_bit_for_bit(
     options: list[str], train: Callable[..., Path], interrupted: Callable[..., Path]
 ) -> None:
@@ -321,6 +324,7 @@ def test_held_out_loss_is_not_lost_when_cut_off_during_the_last_validation(
     )
 
 
+@pytest.mark.slow
 def test_more_steps_than_finished_continue_bit_for_bit(train: Callable[..., Path]) -> None:
     """With a constant rate, so that the schedule is the same for both lengths."""
     constant = ["--model.schedule", "wsd", "--model.decay_steps", "0"]

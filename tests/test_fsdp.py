@@ -52,6 +52,7 @@ def test_a_run_goes_from_one_device_to_fsdp_and_back(whole: Path, train_for: Cal
 
 
 @alone
+@pytest.mark.slow
 def test_its_checkpoint_is_laid_out_as_that_of_one_device(
     whole: Path, train_for: Callable[..., Path]
 ) -> None:

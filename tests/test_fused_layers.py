@@ -19,7 +19,7 @@ from sinktrain.model.fused_mlp import gelu_mlp
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [
     pytest.param(4, 32, 8, id="14m"),
-    pytest.param(12, 64, 16, id="160m"),
+    pytest.param(12, 64, 16, id="160m", marks=pytest.mark.slow),
     pytest.param(3, 40, 40, id="all-rotated"),
     pytest.param(5, 24, 6, id="odd"),
 ]

@@ -513,6 +513,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_with_its_workers_at_work_and_continued_equals_uninterrupted(
     tmp_path: Path, out: Path
 ) -> None:
