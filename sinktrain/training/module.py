@@ -132,8 +132,8 @@ class Pretraining(pl.LightningModule):
 
     def model_config(self, data: WindowData) -> ModelConfig:
         """What is trained on this data; shards give the sizes and sink ids that the settings leave open."""
-        if self._source is not None:
-            return self._continued_config(self._source.config, data)
+        if self.source is not None:
+            return self._continued_config(self.source.config, data)
         manifest = data.manifest
         vocab_size = self.network_config.vocab_size or manifest.padded_vocab_size
         if vocab_size < manifest.padded_vocab_size:
@@ -169,7 +169,7 @@ class Pretraining(pl.LightningModule):
         return ModelConfig(replace(network, max_position_embeddings=data.seq_len), sink)
 
     @cached_property
-    def _source(self) -> GPTNeoX | None:
+    def source(self) -> GPTNeoX | None:
         """The model of ``init_from``, read once."""
         return load_model(self.init_from) if self.init_from else None
 
@@ -177,11 +177,11 @@ class Pretraining(pl.LightningModule):
         if self.network is not None:
             return
         self.network = GPTNeoX(self.model_config(self._data))
-        if self._source is None:
+        if self.source is None:
             initialize(self.network, self.seed)
         else:
-            continue_from(self.network, self._source, self.seed)
-            self._source.to("meta")  # its weights have been taken
+            continue_from(self.network, self.source, self.seed)
+            self.source.to("meta")  # its weights have been taken
         self.network.recomputes_activations = self.recompute_activations
         if self.window is not None or self.mask_documents:
             document_end = self._data.manifest.eos_token_id if self.mask_documents else None

@@ -39,7 +39,7 @@ def start_text(cli: TrainingCLI, checkpoint: Path | None) -> str:
     """Such as ``from step-00004000.ckpt``, or ``from the weights of MODEL; sink row 265 is drawn anew``."""
     if checkpoint is not None:
         return f"from {checkpoint.resolve().name}"
-    source = cli.model._source
+    source = cli.model.source
     if source is None:
         return "from the start"
     sink = cli.model.model_config(cli.datamodule).sink
