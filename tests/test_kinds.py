@@ -20,7 +20,7 @@ from sinktrain.model.checkpoints import load_model
 from sinktrain.model.config import ModelConfig, NetworkConfig, SinkConfig
 from sinktrain.model.init import SINK_PART, continue_from, initialize
 from sinktrain.model.neox import GPTNeoX
-from sinktrain.model.rotary import apply_rotary
+from sinktrain.model.rotary import apply_rotary, phase_steps
 from sinktrain.model.sinks.base import KINDS, NullSlot
 
 SIZES = NetworkConfig(32, 2, 4, vocab_size=64, max_position_embeddings=32, rotary_pct=0.5)
@@ -121,6 +121,15 @@ def test_kinds_share_all_initial_weights_but_their_own(kind: str) -> None:
 
 
 @all_kinds
+def test_what_a_kind_starts_with_is_no_tokens_embedding(kind: str) -> None:
+    """Both are drawn from one seed, and with one standard deviation."""
+    model = model_of(kind)
+    embedding = model.gpt_neox.embed_in.weight.flatten().tolist()
+    drawn = [p.flatten().tolist() for name, p in model.named_parameters() if SINK_PART in name]
+    assert not {value for part in drawn for value in part if value} & set(embedding)
+
+
+@all_kinds
 def test_a_run_of_any_kind_learns_and_continues_bit_for_bit(kind: str, train: Callable[..., Path]) -> None:
     options = [*CONSTANT, "--model.sink.kind", kind]
     whole = train("whole", *options, "--trainer.max_steps", "8")
@@ -188,6 +197,26 @@ for name in sorted(KINDS):
     blocks = torch.cat(list(stream_logits(model, fed, 1, 7)), dim=1)
     print(name, float((steps - blocks).abs().max()) < 1e-10)
 """
+
+
+def test_a_kind_may_share_parts_among_heads() -> None:
+    """Expanded, they are not dense; the kernels of training, which read plain memory, get them so."""
+    pytest.importorskip("triton")
+    from sinktrain.model import fused_attention
+
+    if torch.cuda.is_available():
+        pytest.skip("cuDNN takes half precision alone")
+    generator = torch.Generator().manual_seed(0)
+    x, key, value = (torch.randn(size, generator=generator) for size in ((1, 5, 32), (1, 16), (1, 16)))
+    shared = NullSlot(key.expand(2, -1), torch.ones(1).expand(2), value.expand(2, -1))
+    projection, steps = torch.nn.Linear(32, 96), phase_steps(8, 10_000)
+    attend = CausalAttention(steps, 5, torch.float32)
+    found = fused_attention.projected_attention(
+        x, projection.weight, projection.bias, attend.cos, attend.sin, 2, True, *shared.in_front(steps)
+    )[0]
+    q, k, v = projection(x).unflatten(-1, (2, -1)).transpose(1, 2).chunk(3, dim=-1)
+    expected = attend(0, q, k, v, shared).transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

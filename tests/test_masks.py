@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import random_tokens, tiny_model
+from test_fit import measured
+from tiny_shards import start as start_run
+from tiny_shards import tiny_run
 from torch import Tensor
 
 from sinktrain.errors import ConfigError
-from sinktrain.model.checkpoints import load_model
+from sinktrain.model.checkpoints import describe, load_model
 from sinktrain.model.masked_attention import Mask, document_ages
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.sinks.base import KINDS
@@ -85,6 +88,36 @@ def test_a_run_on_a_window_learns_and_its_checkpoint_is_dense_again(train: Calla
     }
     assert len(set(losses.values())) == 3  # a token of the text is the one that ends documents
     assert load_model(runs["window"]).mask is None
+
+
+@pytest.mark.slow  # two processes import lightning one after the other
+@pytest.mark.parametrize("kind", [kind for kind in sorted(KINDS) if KINDS[kind](6, 3).null_slot()])
+def test_layers_in_shards_learn_on_a_window_what_whole_ones_learn(
+    kind: str, shards: Path, tmp_path: Path, train: Callable[..., Path]
+) -> None:
+    """Three heads on two devices: no device has whole heads of what a kind adds."""
+    three_heads = ["--model.network.hidden_size", "48", "--model.network.num_attention_heads", "3"]
+    options = [*three_heads, "--model.sink.kind", kind, "--model.window", "8", "--trainer.max_steps", "3"]
+    on_two = ["--config", "fsdp", "--trainer.devices", "2"]
+    process = start_run(tiny_run(shards, tmp_path / "two", *options, *on_two))
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    whole = measured(train("whole", *options), "val/loss")
+    assert measured(tmp_path / "two", "val/loss") == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_mask_makes_another_arm_which_goes_on_in_no_folder_of_others(train: Callable[..., Path]) -> None:
+    """Or a finished run would be taken for that of the mask, and ``compare`` would take them for seeds."""
+    window, documents = ["--model.window", "4"], ["--model.mask_documents", "true"]
+    dense = train("dense", "--trainer.max_steps", "3")
+    for mask, problem in {
+        tuple(window): "window None, not 4",
+        tuple(documents): "mask_documents False, not True",
+    }.items():
+        with pytest.raises(ConfigError, match=f"was made with {problem}; choose another --run"):
+            train("dense", "--trainer.max_steps", "3", *mask)
+    masked = train("masked", "--trainer.max_steps", "3", "--config", "sink", *window, *documents)
+    assert [describe(run).arm for run in (dense, masked)] == ["vanilla", "token-window-4-documents"]
 
 
 def test_a_window_of_nothing_is_refused(train: Callable[..., Path]) -> None:

@@ -58,7 +58,8 @@ def variant_id(variant: Variant) -> str:
 
 
 def plainly_rounded(row: Floats, scale: np.float32, zero: np.float32, lowest: int, highest: int) -> Floats:
-    integers = np.rint(row * float(np.float32(1) / scale) + float(zero))
+    places = row * float(np.float32(1) / scale) + float(zero)
+    integers = np.rint(places.astype(np.float32)).astype(np.float64)  # torch rounds to float32 first
     return (np.clip(integers, lowest, highest) - float(zero)) * float(scale)
 
 

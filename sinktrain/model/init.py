@@ -20,6 +20,9 @@ from sinktrain.model.sinks.base import KINDS
 SINK_PART = ".attention.sink."
 """In the names of what a sink adds to the layers."""
 
+SINK_STREAM = 0x53494E4B
+"""What a seed is XORed with for what sinks add: by itself it would give them the embedding's values."""
+
 
 def small_init_std(config: NetworkConfig) -> float:
     """For embedding, head, query_key_value and dense_h_to_4h."""
@@ -57,7 +60,7 @@ def initialize(model: GPTNeoX, seed: int) -> None:
 
 @torch.no_grad()
 def _initialize_sinks(model: GPTNeoX, seed: int) -> None:
-    network, generator = model.config.network, torch.Generator().manual_seed(seed)
+    network, generator = model.config.network, torch.Generator().manual_seed(seed ^ SINK_STREAM)
     kind = KINDS[model.config.sink.kind]
     for layer in model.gpt_neox.layers:
         assert isinstance(layer, Layer)

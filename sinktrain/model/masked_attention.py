@@ -43,9 +43,7 @@ class MaskedAttention:
     """An ``Attend`` for a batch of samples, int64[batch, seq], the model's own sinks in front."""
 
     def __init__(self, model: GPTNeoX, tokens: Tensor, mask: Mask) -> None:
-        network, num_sinks = model.config.network, len(model.sink_ids)
-        self.places = Places(model, num_sinks)
-        self.scale = network.head_dim**-0.5
+        self.model, num_sinks = model, len(model.sink_ids)
         ages = document_ages(tokens, num_sinks, mask.document_end)
         longest = ages if mask.window is None else ages.clamp(max=num_sinks + mask.window - 1)
         steps, dtype = model.rotary_steps, angle_dtype(model.dtype)
@@ -60,7 +58,8 @@ class MaskedAttention:
         self.visible = (seen | ((position < num_sinks) & (back >= 0)))[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, null: NullSlot | None = None) -> Tensor:
-        places, head_dim, visible = self.places, v.shape[-1], self.visible
+        places = Places(self.model, len(self.model.sink_ids), [null])
+        head_dim, visible = v.shape[-1], self.visible
         query = places.queries(q, self.at_token, self.at_sinks)
         keys = places.keys(apply_rotary(k, *self.at_token), self.is_sink)
         if null is not None:
@@ -68,7 +67,7 @@ class MaskedAttention:
             keys, v = with_first(first_key, keys), with_first(first_value, v)
             visible = F.pad(visible, (1, 0), value=True)
         values = F.pad(v, (0, keys.shape[-1] - head_dim))
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=self.scale)
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=head_dim**-0.5)
         return mixed[..., :head_dim]
 
 

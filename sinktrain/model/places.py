@@ -16,6 +16,8 @@ Axes: batch, head, seq, slot, head_dim; width is head_dim and what is added to i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +36,7 @@ class Places:
 
     Args:
         num_sinks: keys that are met like sinks, besides a null slot.
+        nulls: some layers' null slots; the model's own when None, which none may ask while it is in shards.
 
     Attributes:
         num_nulls: 1 if the model has null slots, else 0.
@@ -41,8 +44,10 @@ class Places:
         width: dimensions of a placed key.
     """
 
-    def __init__(self, model: GPTNeoX, num_sinks: int) -> None:
-        network, null = model.config.network, null_slots(model)[0]
+    def __init__(
+        self, model: GPTNeoX, num_sinks: int, nulls: Sequence[NullSlot | None] | None = None
+    ) -> None:
+        network, null = model.config.network, (null_slots(model) if nulls is None else nulls)[0]
         is_met_twice = num_sinks > 0 or (null is not None and null.key is not None)
         self.num_nulls = int(null is not None)
         self.rotary_ndims = network.rotary_ndims if is_met_twice else 0

@@ -30,7 +30,6 @@ from sinktrain.training.memory import (
     sharded_stage,
 )
 from sinktrain.training.metrics_table import MetricsTable
-from sinktrain.training.module import arm_name
 from sinktrain.training.settings import TrainingCLI
 from sinktrain.training.starting import is_finished, start_text
 from sinktrain.training.throughput import flops_per_token, peak_flops
@@ -132,8 +131,8 @@ class _Run:
     def model_line(self) -> str:
         total = num_parameters(self.model)
         inner = total - self.model.gpt_neox.embed_in.weight.numel() - self.model.embed_out.weight.numel()
-        sink = arm_name(self.config.sink)
-        return f"{sink}, {millions(total)} parameters, {millions(inner)} without embedding and head"
+        arm = self.cli.model.arm
+        return f"{arm}, {millions(total)} parameters, {millions(inner)} without embedding and head"
 
     def data_line(self) -> str:
         data = self.cli.datamodule

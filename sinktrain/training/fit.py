@@ -27,7 +27,6 @@ from sinktrain.training.dry_run import plan
 from sinktrain.training.launchers import find_once, told_once_a_host
 from sinktrain.training.memory import checkpoint_bytes, num_parameters
 from sinktrain.training.metrics_table import MetricsTable
-from sinktrain.training.module import arm_name
 from sinktrain.training.run import ONCE_IMPLIED, differences
 from sinktrain.training.saving import what_continues
 from sinktrain.training.settings import MoreCallbacks, TrainingCLI
@@ -101,7 +100,7 @@ def _continue(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -
         run.prepare(cli.datamodule.path / TOKENIZER_FILE)
         if found.checkpoint and cli.config.resume != "auto" and not run.has_resumed(cli.config.resume):
             leave_behind(run.checkpoints, found.checkpoint)
-        facts = {"run_id": cli.run_id, "arm": arm_name(cli.model.sink), "is_finished": False}
+        facts = {"run_id": cli.run_id, "arm": cli.model.arm, "is_finished": False}
         run.write_manifest(identity, **facts, resumed_from=run.resumed_from(cli.config.resume))
         write_text(run.path / "config.yaml", cli.dump())
         if cli.config.resume == "auto" and found.checkpoint not in (None, run.last):
@@ -190,7 +189,7 @@ def _announce(cli: TrainingCLI, found: Continuation) -> None:
     for problem in found.passed_over.values():
         _say(f"{cli.title}: {problem}; continuing from the one before")
     size = num_parameters(empty_model(config)) / 1e6
-    _say(f"{cli.title}: {arm_name(config.sink)}, {size:.1f}m parameters, {start_text(cli, checkpoint)}")
+    _say(f"{cli.title}: {cli.model.arm}, {size:.1f}m parameters, {start_text(cli, checkpoint)}")
     rows = MetricsTable(cli.run.path / "metrics.csv").rows()
     if checkpoint is None and rows and int(rows[-1]["step"]) > 0:
         _say(f"  its metrics.csv reached step {rows[-1]['step']} and begins anew: no checkpoint is left")
@@ -242,7 +241,7 @@ def _finish(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> 
     val_loss = trainer.callback_metrics.get("val/loss")
     facts = {
         "run_id": cli.run_id,
-        "arm": arm_name(cli.model.sink),
+        "arm": cli.model.arm,
         "is_finished": trainer.global_step >= trainer.max_steps,
         "global_step": trainer.global_step,
         "tokens_seen": cli.datamodule.samples_consumed * cli.datamodule.seq_len,

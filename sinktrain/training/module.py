@@ -62,7 +62,8 @@ class Pretraining(pl.LightningModule):
         cuda_graph: replay a step as one CUDA graph, on one CUDA device; when null, for models of up to
             100m parameters, which otherwise wait for launches.
         window: how many tokens, the newest, a token sees in training besides the sinks, as in a stream under
-            the layout sinks + window; when null all. The mask costs the fastest kernels.
+            the layout sinks + window; when null all. ``val/loss`` is under the same mask. The mask makes an
+            arm of its own, and costs the fastest kernels.
         mask_documents: let a token see the tokens of its own document and the sinks alone; each document then
             has them right in front of it, as if it began with its own.
         init_from: a MODEL whose weights training starts from, instead of Pythia's initialisation. Sinks that
@@ -226,6 +227,11 @@ class Pretraining(pl.LightningModule):
             )
 
     @property
+    def arm(self) -> str:
+        """What tells a run from its siblings: ``arm_name``."""
+        return arm_name(self.sink, self.window, self.mask_documents)
+
+    @property
     def schedule(self) -> Schedule:
         return Schedule(
             self.schedule_kind,
@@ -294,7 +300,7 @@ class Pretraining(pl.LightningModule):
             "format_version": FORMAT_VERSION,
             "code_version": __version__,
             "model": self.require_network.config.to_dict(),
-            "arm": arm_name(self.sink),
+            "arm": self.arm,
             "optimizer": self.optimizer_kind,
             "seed": self.seed,
             "data_fingerprint": data.manifest.fingerprint,
@@ -379,8 +385,10 @@ def _check_skipping(spike_sigma: float | None, max_skipped_steps: int) -> None:
         raise ConfigError(f"model.max_skipped_steps is {max_skipped_steps}; use 1 or more")
 
 
-def arm_name(sink: SinkConfig) -> str:
-    """``vanilla``, ``token``, ``token-2``: what tells a run from its siblings."""
-    if sink.kind == "none":
-        return "vanilla"
-    return f"{sink.kind}-{sink.count}" if sink.count > 1 else sink.kind
+def arm_name(sink: SinkConfig, window: int | None = None, mask_documents: bool = False) -> str:
+    """``vanilla``, ``token``, ``token-2``, ``zero-window-128``, ``token-documents``: what arms differ in."""
+    parts = ["vanilla" if sink.kind == "none" else sink.kind]
+    parts += [str(sink.count)] * (sink.count > 1)
+    parts += [] if window is None else [f"window-{window}"]
+    parts += ["documents"] * mask_documents
+    return "-".join(parts)

@@ -23,7 +23,7 @@ from sinktrain.files import write_json
 
 FORMAT_VERSION = 1
 LOCK = ".lock"
-ONCE_IMPLIED = {"optimizer": "adamw"}
+ONCE_IMPLIED = {"optimizer": "adamw", "mask_documents": False}
 """What runs were made with, and did not write down, before there was a choice."""
 
 

@@ -193,6 +193,8 @@ class TrainingCLI(LightningCLI):
             "init_from": self.model.init_from,
             "data_fingerprint": self.datamodule.manifest.fingerprint,
             "score_sink": self.datamodule.score_sink,
+            "window": self.model.window,
+            "mask_documents": self.model.mask_documents,
             "seed_everything": self.config.seed_everything,
         }
 

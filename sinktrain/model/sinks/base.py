@@ -37,20 +37,22 @@ class NullSlot(NamedTuple):
     value: Tensor | None = None
 
     def in_front(self, rotary_steps: Tensor) -> NullSlot:
-        """The same with its key rotated to where it stands when the first token is at position 0."""
-        if self.key is None:
-            return self
-        place = torch.full((1,), -1, device=rotary_steps.device)
-        cos, sin = rotary_angles(place, rotary_steps, angle_dtype(self.key.dtype))
-        return self._replace(key=apply_rotary(self.key, cos, sin))
+        """The same, dense, with its key rotated to where it stands when the first token is at position 0."""
+        key, score, value = (part if part is None else part.contiguous() for part in self)
+        if key is not None:
+            place = torch.full((1,), -1, device=rotary_steps.device)
+            key = apply_rotary(key, *rotary_angles(place, rotary_steps, angle_dtype(key.dtype)))
+        return NullSlot(key, score, value)
 
     def in_float32(self) -> NullSlot:
-        """The same as constants for kernels: float32, dense, and without gradients."""
-        return NullSlot(*(part if part is None else part.detach().float().contiguous() for part in self))
+        """The same as constants for kernels: float32 and without gradients."""
+        return NullSlot(*(part if part is None else part.detach().float() for part in self))
 
 
 class AttentionSink(nn.Module):
     """What a kind adds to one layer; the kinds ``none`` and ``token`` add nothing.
+
+    Parameters of one dimension are trained as biases are, without weight decay; matrices as matrices are.
 
     Args:
         hidden_size: width of the residual stream.
