@@ -47,12 +47,9 @@ def refused(arguments: list[str], told: Told) -> str:
     return lines[0]
 
 
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert main(["fit", *tiny_run(shards, run)]) == 0
-    return run
+@pytest.fixture
+def whole(undisturbed: Path) -> Path:
+    return undisturbed
 
 
 @pytest.fixture

@@ -189,9 +189,8 @@ def test_sinks_are_trained_and_carried_in_the_checkpoint(train: Callable[..., Pa
     assert saved["sinktrain"]["samples_consumed"] == 12 * 8
 
 
-def test_init_from_starts_with_the_weights_of_a_model(train: Callable[..., Path]) -> None:
-    first = train("first")
-    second = train("second", "--model.init_from", str(first), "--trainer.max_steps", "5")
+def test_init_from_starts_with_the_weights_of_a_model(undisturbed: Path, train: Callable[..., Path]) -> None:
+    second = train("second", "--model.init_from", str(undisturbed), "--trainer.max_steps", "5")
     assert measured(second, "train/loss")[1] < 4  # a fresh one begins near 6
 
 
@@ -293,18 +292,17 @@ def test_a_run_cut_off_continues_bit_for_bit(
 
 
 def test_a_run_cut_off_before_its_first_checkpoint_starts_again(
-    train: Callable[..., Path], interrupted: Callable[..., Path]
+    undisturbed: Path, interrupted: Callable[..., Path]
 ) -> None:
-    whole, parts = train("whole"), interrupted("parts", 2)
-    assert_same_state(whole, parts)
-    assert measured(whole, "train/loss") == measured(parts, "train/loss")
+    parts = interrupted("parts", 2)
+    assert_same_state(undisturbed, parts)
+    assert measured(undisturbed, "train/loss") == measured(parts, "train/loss")
 
 
 def test_held_out_loss_is_not_lost_when_cut_off_during_the_last_validation(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last checkpoint is written before the last validation."""
-    whole = train("whole")
     real = Pretraining.validation_step
 
     def validation_step(module: Pretraining, batch: Any, batch_idx: int) -> None:
@@ -317,7 +315,7 @@ def test_held_out_loss_is_not_lost_when_cut_off_during_the_last_validation(
         with pytest.raises(RuntimeError, match="cut off"):
             train("parts")
     parts = train("parts")
-    assert measured(whole, "val/loss") == measured(parts, "val/loss")
+    assert measured(undisturbed, "val/loss") == measured(parts, "val/loss")
     assert (
         yaml.safe_load((parts / "manifest.json").read_text())["val_loss_nats"]
         == measured(parts, "val/loss")[12]
@@ -423,6 +421,8 @@ SHIPPED = sorted(path.stem for path in config_folder().glob("*.yaml"))
 SHARDED = ("fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3")
 OVERLAYS = ("sink", "ddp", "wandb", "tensorboard", "wsd", "pythia-checkpoints", *SHARDED)
 RECIPES = [name for name in SHIPPED if name not in OVERLAYS]
+PARSED: dict[tuple[str, ...], Any] = {}
+"""The settings that ``parsed`` has found, by the names of the configs."""
 
 
 @pytest.fixture
@@ -432,8 +432,10 @@ def parsed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(TrainingCLI, "before_instantiate_classes", lambda self: None)
 
     def parse(*names: str) -> Any:
-        configs = itertools.chain.from_iterable(("--config", name) for name in names)
-        return TrainingCLI([*configs, "--data.path", str(shards)]).config
+        if names not in PARSED:
+            configs = itertools.chain.from_iterable(("--config", name) for name in names)
+            PARSED[names] = TrainingCLI([*configs, "--data.path", str(shards)]).config
+        return PARSED[names].clone()
 
     return parse
 
@@ -452,8 +454,16 @@ def test_shipped_config_parses_alone_and_with_every_overlay(name: str, parsed: C
     assert together.model.sink.kind == "token"
     assert together.trainer.strategy.class_path.endswith("DDPStrategy")
     assert together.trainer.logger.class_path.endswith("WandbLogger")
-    assert parsed(name, "tensorboard").trainer.logger.class_path.endswith("TensorBoardLogger")
     assert together.model.network == alone.model.network
+
+
+@pytest.mark.parametrize(
+    "name", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES[1:])]
+)
+def test_the_tensorboard_overlay_changes_the_logger_of_any_recipe(
+    name: str, parsed: Callable[..., Any]
+) -> None:
+    assert parsed(name, "tensorboard").trainer.logger.class_path.endswith("TensorBoardLogger")
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("pythia-")])

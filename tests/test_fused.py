@@ -74,12 +74,12 @@ def largest_difference(
     ("num_fed", "rows"), [(0, 1), (1, 1), (40, 2), pytest.param(300, 2, marks=pytest.mark.slow), (300, 1)]
 )
 def test_kernels_equal_the_plain_step_before_and_after_the_ring_wraps(num_fed: int, rows: int) -> None:
-    assert largest_difference(num_fed, rows) < 2e-5
+    assert largest_difference(num_fed, rows, **TWO_SMALL_HEADS) < 2e-5
 
 
 @pytest.mark.parametrize("layout", ["0+20", "4+33", "2+1", "40+30"])
 def test_kernels_equal_the_plain_step_for_layouts_with_no_sink_and_with_many(layout: str) -> None:
-    assert largest_difference(100, layout=layout) < 2e-5
+    assert largest_difference(100, layout=layout, **TWO_SMALL_HEADS) < 2e-5
 
 
 @pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -98,11 +98,12 @@ def test_kernels_equal_the_plain_step_for_layouts_with_no_sink_and_with_many(lay
     ids=str,
 )
 def test_kernels_equal_the_plain_step_for_every_kind_of_network(sizes: dict[str, Any], rows: int) -> None:
-    assert largest_difference(80, rows, "1+40", **sizes) < 5e-5
+    assert largest_difference(80, rows, "1+40", num_steps=1, **sizes) < 5e-5
 
 
 def test_kernels_equal_the_plain_step_with_spare_slots_and_rows_of_mixed_ages() -> None:
-    assert largest_difference(90, rows=3, layout="2+31", spare=5, restart=1) < 2e-5
+    options = {"spare": 5, "restart": 1, **TWO_SMALL_HEADS}
+    assert largest_difference(90, rows=3, layout="2+31", **options) < 2e-5
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -214,7 +215,7 @@ def test_the_kernels_take_every_kind_and_its_gate_is_what_scales_the_output(kind
 def test_a_token_outside_the_vocabulary_makes_its_row_nan_and_a_reset_heals_it(rows: int) -> None:
     from sinktrain.streaming.fused import FusedStep
 
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=1).to(DEVICE)
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=1, **TWO_SMALL_HEADS).to(DEVICE)
     cache = RingCache(model, Layout(1, 5), rows)
     token = torch.full((rows,), 3, device=DEVICE)
     step = FusedStep(model, cache, token, use_pdl=False)

@@ -80,7 +80,7 @@ def null_slots() -> list[object]:
 def test_attention_with_a_null_slot_and_its_gradients_equal_the_plain_ones(slot: NullSlot) -> None:
     """With all parts, tokens are more than one block of the kernels, and no whole number of them."""
     has_all = all(part is not None for part in slot)
-    batch, seq, heads, head_dim = 2, 131 if has_all else 11, 2, 16
+    (batch, seq), heads, head_dim = (1, 131) if has_all else (2, 11), 2, 16
     steps = phase_steps(8, 10_000).to(DEVICE)
     attend = CausalAttention(steps, seq, torch.float32)
     projection = torch.nn.Linear(heads * head_dim, 3 * heads * head_dim).to(DEVICE)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_fit import assert_bitwise_equal, assert_same_state, checkpoint, measured
+from tiny_shards import tiny_run
 
 from sinktrain.model.checkpoints import load_model
 from sinktrain.model.init import initialize
@@ -14,6 +15,16 @@ from sinktrain.model.neox import GPTNeoX
 from sinktrain.training.saving import CheckpointSettings
 
 LOG_SPACED = ["--checkpoint.log_spaced", "true"]
+
+
+@pytest.fixture(scope="module")
+def log_spaced(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps that nothing happened to; not to be changed."""
+    from sinktrain.training.fit import fit
+
+    run = tmp_path_factory.mktemp("log-spaced") / "run"
+    fit(tiny_run(shards, run, *LOG_SPACED))
+    return run
 
 
 def kept(run: Path) -> list[int]:
@@ -55,22 +66,22 @@ def test_files_that_are_no_checkpoints_of_the_run_are_left_alone(train: Callable
     assert best.read_bytes() == b"a copy"
 
 
-def test_step_0_is_the_model_before_training(train: Callable[..., Path]) -> None:
-    run = train("run", *LOG_SPACED)
-    at_0 = checkpoint(run, "step-00000000.ckpt")
+def test_step_0_is_the_model_before_training(log_spaced: Path) -> None:
+    at_0 = checkpoint(log_spaced, "step-00000000.ckpt")
     assert (at_0["global_step"], at_0["sinktrain"]["tokens_seen"]) == (0, 0)
     assert at_0["optimizer_states"][0]["state"] == {}
-    model = load_model(run / "checkpoints" / "step-00000000.ckpt")
+    model = load_model(log_spaced / "checkpoints" / "step-00000000.ckpt")
     fresh = GPTNeoX(model.config)
     initialize(fresh, 1234)
     assert_bitwise_equal(dict(model.state_dict()), dict(fresh.state_dict()))
 
 
 @pytest.mark.parametrize("step", [0, 1, 8])
-def test_a_run_continues_from_each_of_them_bit_for_bit(step: int, train: Callable[..., Path]) -> None:
-    whole = train("whole", *LOG_SPACED)
-    old = whole / "checkpoints" / f"step-{step:08d}.ckpt"
+def test_a_run_continues_from_each_of_them_bit_for_bit(
+    step: int, log_spaced: Path, train: Callable[..., Path]
+) -> None:
+    old = log_spaced / "checkpoints" / f"step-{step:08d}.ckpt"
     parts = train("parts", *LOG_SPACED, "--resume", str(old))
-    assert_same_state(whole, parts)
-    losses = measured(whole, "train/loss")
+    assert_same_state(log_spaced, parts)
+    losses = measured(log_spaced, "train/loss")
     assert measured(parts, "train/loss") == {at: loss for at, loss in losses.items() if at > step}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from every_kind import every_kind
+from every_kind import MODELS, every_kind
 from numpy.typing import NDArray
 from oracles import dense_forward, random_tokens, rotate_everything_stream, tiny_model
 
@@ -52,7 +52,13 @@ def decode(model: GPTNeoX, layout: Layout) -> Callable[[torch.Tensor], torch.Ten
     return lambda tokens: torch.stack([decoder.step(column) for column in tokens.T], dim=1)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(which, marks=() if name in ("token", "kv_bias") else pytest.mark.slow, id=name)
+        for name, which in MODELS.items()
+    ],
+)
 def test_streaming_rows_equal_decoding_token_by_token(which: dict[str, Any]) -> None:
     model = tiny_model(**which)
     rows = measured(model, settings_for(("streaming",), LAYOUTS, 0))

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 
+from sinktrain.cli import main
 from sinktrain.data.shards import Manifest, Shard, ShardWriter, SplitCounts, token_dtype
 from sinktrain.data.tokenizer import train_tokenizer
 
@@ -82,12 +85,31 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(step: int, run: Path, process: subprocess.Popen[str]) -> None:
+def start_quickly(arguments: list[str]) -> BaseProcess:
+    """``sinktrain fit`` in a process of its own, forked from one that has imported what it needs and no more.
+
+    Importing it once for all of them saves 5 to 10 seconds for each.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["sinktrain.training.fit", "sinktrain.experiments.emergence"])
+    process = context.Process(target=_fit, args=(arguments,))
+    process.start()
+    return process
+
+
+def _fit(arguments: list[str]) -> None:
+    sys.exit(main(["fit", *arguments]))
+
+
+def wait_for(step: int, run: Path, process: subprocess.Popen[str] | BaseProcess) -> None:
     """Return as soon as the run's table shows that step."""
     table, deadline = run / "metrics.csv", time.monotonic() + 120
     while not (
         table.exists() and any(line.startswith(f"{step},") for line in table.read_text().splitlines())
     ):
-        assert process.poll() is None, process.communicate()[1]
+        if isinstance(process, subprocess.Popen):
+            assert process.poll() is None, process.communicate()[1]
+        else:
+            assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.005)
