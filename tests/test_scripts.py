@@ -270,28 +270,21 @@ def test_ctrl_c_ends_setup_without_trying_pip_and_the_next_run_starts_afresh(che
     assert words(checkout.asked()) == ["venv", "pip", "uv"]
 
 
-def test_quickstart_prepares_trains_both_arms_and_compares(checkout: Checkout) -> None:
+def test_quickstart_carries_out_the_study_of_its_name(checkout: Checkout) -> None:
     done = checkout.run("quickstart", "--out", "my runs", "--device", "gpu")
     assert done.returncode == 0, done.stderr
     out = checkout.elsewhere / "my runs"
-    options = f"--data.path {out}/shards --trainer.accelerator gpu"
-    assert [line for line in checkout.asked() if line.startswith("sinktrain")] == [
-        f"sinktrain prepare data/shakespeare.txt.xz --vocab-size 1024 --out {out}/shards",
-        f"sinktrain fit --config quickstart --run {out}/vanilla {options}",
-        f"sinktrain fit --config quickstart --config sink --run {out}/sink {options}",
-        f"sinktrain compare {out}/vanilla {out}/sink --text {out}/shards --out {out}/compare"
-        " --max-tokens 32768",
-    ]
-    *said, report = done.stdout.splitlines()
-    assert said == [f"said by sinktrain {command}" for command in ("prepare", "fit", "fit", "compare")]
+    asked = [line for line in checkout.asked() if line.startswith("sinktrain")]
+    assert asked == [f"sinktrain study quickstart --out {out} --device gpu"]
+    said, report = done.stdout.splitlines()
+    assert said == "said by sinktrain study"
     assert report.startswith(f"Report: {out}/compare/report.html (done in 0 min ")
 
 
-def test_quickstart_stops_where_a_step_fails_with_its_exit_code(checkout: Checkout) -> None:
-    done = checkout.run("quickstart", FAKE_FAILS="fit")
+def test_quickstart_ends_with_the_exit_code_of_its_study(checkout: Checkout) -> None:
+    done = checkout.run("quickstart", FAKE_FAILS="study")
     assert done.returncode == 7
-    assert words(checkout.asked())[-2:] == ["sinktrain", "sinktrain"]
-    assert "[2/4]" in done.stderr.splitlines()[-1]
+    assert "Report" not in done.stdout
 
 
 def test_check_says_nothing_when_all_is_well(checkout: Checkout) -> None:

@@ -16,10 +16,12 @@ COMMANDS = {
     "prepare": "sinktrain.cli.prepare",
     "fit": "sinktrain.cli.fit",
     "validate": "sinktrain.cli.validate",
+    "study": "sinktrain.cli.study",
     "stream": "sinktrain.cli.stream",
     "evaluate": "sinktrain.cli.compare",
     "compare": "sinktrain.cli.compare",
     "export": "sinktrain.cli.export",
+    "publish": "sinktrain.cli.publish",
     "bench": "sinktrain.cli.bench",
     "doctor": "sinktrain.cli.doctor",
 }
@@ -32,10 +34,12 @@ commands:
   prepare    text -> tokenizer and verified token shards
   fit        shards -> a trained model (LightningCLI; continues where it was cut off)
   validate   held-out loss of a run, or of one of its checkpoints
+  study      arms x seeds: prepared, trained, compared, continued where it was cut off
   stream     a model -> endless text, in constant memory
   evaluate   measure one model under streaming: losses, sink, removal, latency, StreamEval
   compare    measure several side by side: table, results.json, report.html, wandb
   export     a model -> a Hugging Face folder, its logits checked
+  publish    models -> the Hugging Face Hub, each with its card, in one commit
   bench      how fast training, decoding or evaluation is, floor or peers beside it
   doctor     what of this machine would stop or slow a run
 

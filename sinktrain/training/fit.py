@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -26,7 +27,7 @@ from sinktrain.training.continuing import Continuation, leave_behind, set_aside
 from sinktrain.training.dry_run import plan
 from sinktrain.training.launchers import find_once, told_once_a_host
 from sinktrain.training.memory import checkpoint_bytes, num_parameters
-from sinktrain.training.metrics_table import MetricsTable
+from sinktrain.training.metrics_table import MetricsTable, train_seconds
 from sinktrain.training.run import ONCE_IMPLIED, differences
 from sinktrain.training.saving import what_continues
 from sinktrain.training.settings import MoreCallbacks, TrainingCLI
@@ -247,11 +248,22 @@ def _finish(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> 
         "tokens_seen": cli.datamodule.samples_consumed * cli.datamodule.seq_len,
         "val_loss_nats": None if val_loss is None else float(val_loss),
         "resumed_from": cli.run.resumed_from(cli.config.resume),
+        "hardware": _hardware(cli, trainer),
     }
     cli.run.write_manifest(identity, **facts)
     ended = "finished" if facts["is_finished"] else "ended"
     held_out = "" if val_loss is None else f", held-out loss {float(val_loss):.4f} nats"
     _say(f"{cli.title}: {ended} at step {trainer.global_step}{held_out}")
+
+
+def _hardware(cli: TrainingCLI, trainer: pl.Trainer) -> dict[str, Any]:
+    """What the run was trained on at last, and how long all its steps took, validation and saving aside."""
+    device = trainer.strategy.root_device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "num_devices": trainer.world_size,
+        "train_seconds": train_seconds(MetricsTable(cli.run.path / "metrics.csv").rows()),
+    }
 
 
 def _say(line: str) -> None:

@@ -6,6 +6,7 @@ Lightning 2.6.6's CSVLogger deletes an existing file when a run goes on in the s
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sinktrain.files import atomic_path
@@ -64,3 +65,14 @@ class MetricsTable:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def train_seconds(rows: Sequence[Mapping[str, str]]) -> float:
+    """Time that a run's steps took, over all its starts, from the speed that each row tells."""
+    seconds, tokens = 0.0, 0.0
+    for row in rows:
+        if row.get("tokens_per_s") and row.get("tokens_seen"):
+            now = float(row["tokens_seen"])
+            seconds += (now - tokens) / float(row["tokens_per_s"])
+            tokens = now
+    return seconds

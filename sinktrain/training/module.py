@@ -68,6 +68,7 @@ class Pretraining(pl.LightningModule):
             has them right in front of it, as if it began with its own.
         init_from: a MODEL whose weights training starts from, instead of Pythia's initialisation. Sinks that
             it was not trained with get freshly drawn embeddings, in rows that its vocabulary already has.
+        arm: what the run is called among its siblings; by its sink and mask when null.
         seed: of the initialisation; ``seed_everything``.
     """
 
@@ -96,6 +97,7 @@ class Pretraining(pl.LightningModule):
         window: int | None = None,
         mask_documents: bool = False,
         init_from: str | None = None,
+        arm: str | None = None,
         seed: int = 1234,
     ) -> None:
         super().__init__()
@@ -124,6 +126,7 @@ class Pretraining(pl.LightningModule):
         self.window = window
         self.mask_documents = mask_documents
         self.init_from = init_from
+        self.given_arm = arm
         self.seed = seed
         self.network = None
         self._stepper: Stepper | None = None
@@ -228,8 +231,8 @@ class Pretraining(pl.LightningModule):
 
     @property
     def arm(self) -> str:
-        """What tells a run from its siblings: ``arm_name``."""
-        return arm_name(self.sink, self.window, self.mask_documents)
+        """What tells a run from its siblings, other seeds aside."""
+        return self.given_arm or arm_name(self.sink, self.window, self.mask_documents)
 
     @property
     def schedule(self) -> Schedule:

@@ -1,0 +1,445 @@
+"""A study trains what is missing, skips what is finished, goes on when killed, and compares the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_shards import TINY
+
+from sinktrain.cli import main
+from sinktrain.data.shards import read_manifest
+from sinktrain.experiments.study import (
+    Options,
+    chosen_runs,
+    compare_arguments,
+    fit_arguments,
+    is_done,
+    prepare_arguments,
+    run_study,
+)
+from sinktrain.experiments.study_board import StudyBoard
+from sinktrain.experiments.study_file import digest, merged, read_study, shipped_studies
+from sinktrain.experiments.study_pool import Board, Job, StudyStopped, train_all
+
+ARMS = {"vanilla": {}, "sink": {"config": "sink"}}
+RESULTS = "compare/results.json"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study of tiny runs, changed as asked."""
+    base = tmp_path / "tiny.yaml"
+    base.write_text(TINY)
+
+    def study(**changes: Any) -> Path:
+        said = {"text": "book.txt", "base": [str(base)], "arms": ARMS, "seeds": [1, 2]} | changes
+        path = tmp_path / "study.yaml"
+        path.write_text(
+            yaml.safe_dump({key: value for key, value in said.items() if value is not None}, sort_keys=False)
+        )
+        return path
+
+    return study
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["quickstart", "ten-minutes-h100", "emergence", "weight-decay", "paper"])
+def test_a_shipped_study_is_read_by_name_and_its_first_line_says_what_it_is(name: str) -> None:
+    study = read_study(name)
+    assert study.name == name
+    assert len(study.arms) > 1
+    assert shipped_studies()[name].read_text().startswith("# ")
+    assert all(study.recipe(run)["seed_everything"] == run.seed for run in study.runs)
+
+
+def test_runs_are_arms_times_seeds_and_one_seed_needs_no_number(write: Callable[..., Path]) -> None:
+    assert [run.name for run in read_study(str(write())).runs] == [
+        *("vanilla-1", "sink-1", "vanilla-2", "sink-2"),
+    ]
+    assert [run.name for run in read_study(str(write(seeds=[7]))).runs] == ["vanilla", "sink"]
+
+
+def test_an_arms_settings_stand_over_the_studys_and_those_over_the_configs(
+    write: Callable[..., Path],
+) -> None:
+    settings = {"trainer": {"max_steps": 7}, "model": {"learning_rate": 0.5}}
+    arms = {"a": {"model": {"learning_rate": 0.25}}, "b": {"config": ["sink"]}}
+    study = read_study(str(write(settings=settings, arms=arms, seeds=[3])))
+    a, b = (study.recipe(run) for run in study.runs)
+    assert (a["trainer"]["max_steps"], a["model"]["learning_rate"], a["model"]["arm"]) == (7, 0.25, "a")
+    assert (b["model"]["learning_rate"], b["model"]["sink"]["kind"]) == (0.5, "token")
+    assert a["data"] == b["data"] == yaml.safe_load(TINY)["data"]
+
+
+def test_only_a_mapping_is_laid_over_a_mapping() -> None:
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": {"e": 5}}) == {
+        "a": {"b": 4, "c": 2},
+        "d": {"e": 5},
+    }
+
+
+def test_another_recipe_seed_or_text_has_another_digest(write: Callable[..., Path]) -> None:
+    study = read_study(str(write()))
+    faster = read_study(str(write(settings={"model": {"learning_rate": 0.5}})))
+    said = [digest(one.recipe(run), "data") for one in (study, faster) for run in one.runs]
+    said.append(digest(study.recipe(study.runs[0]), "other data"))
+    assert len(set(said)) == 9
+    assert said[0] == digest(read_study(str(write())).recipe(study.runs[0]), "data")
+
+
+MISTAKES = {
+    "arms: {}": "arms names what is compared",
+    "arms: [vanilla]": "arms is ['vanilla']; it should hold names and values",
+    "arms: {A b: {}}": "arms.A b: use small letters, digits, - and _, as in folders",
+    "arms: {a: {config: snk}}": 'no shipped config of that name; did you mean "sink"?',
+    "base: []": "base is []; name a config, or a list of them",
+    "seeds: [1, 1]": "seeds is [1, 1]; use a list of different numbers",
+    "seeds: [one]": "seeds is ['one']; use a list of different numbers",
+    "seed: [1]": 'no "seed"; did you mean "seeds"?; there are about, text',
+    "compare: {layout: 64}": 'no "compare.layout"; did you mean "layouts"?',
+    "shards: there": "names both text, which is prepared, and shards, which are there; leave one out",
+    "publish: {private: true}": "publish needs a repo_id: ORG/NAME",
+    "[": "is no YAML file",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_file_is_one_line(
+    mistake: str, write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write()
+    if mistake == "[":
+        path.write_text(mistake)
+    else:
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | yaml.safe_load(mistake)))
+    assert main(["study", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sinktrain study: {path}")
+    assert MISTAKES[mistake] in said
+    assert said.count("\n") == 1
+
+
+TYPED = {
+    "quickstrt": 'no such file, and no shipped study of that name; did you mean "quickstart"?',
+    "quickstart --only snk": "--only snk: the study has vanilla, sink",
+    "quickstart --seeds 5": "--seeds 5: the study has 1234",
+    "quickstart --seeds one": "--seeds one is not a list of numbers from 1 on",
+    "quickstart --stages trian": '--stages trian; did you mean "train"?; there are prepare, train, ',
+    "quickstart --gpus-per-run none": "--gpus-per-run none; use a number from 1 on, or all",
+    "emergence": "the study emergence leaves open what to train on; give --text TEXT",
+    "quickstart --stages train": "runs/quickstart/shards: no prepared shards here",
+}
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_a_mistake_in_the_command_is_one_line_and_makes_nothing(
+    typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", *typed.split()]) == 2
+    said = capsys.readouterr().err
+    assert TYPED[typed] in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+def test_commands_are_those_that_a_user_would_type(write: Callable[..., Path], tmp_path: Path) -> None:
+    compare = {"layouts": 16, "tasks": "none", "text": "more.txt"}
+    study = read_study(str(write(prepare={"vocab_size": 300}, compare=compare)))
+    options = Options(out=tmp_path / "out", accelerator="cpu")
+    shards = options.out / "shards"
+    assert prepare_arguments(study, options) == ["book.txt", "--out", str(shards), "--vocab-size", "300"]
+    sink = study.runs[1]
+    assert fit_arguments(study, sink, shards, options, num_gpus=1) == [
+        *("--config", study.base[0], "--config", "sink"),
+        *("--config", f"{options.out}/configs/sink.yaml", "--run", f"{options.out}/sink-1"),
+        *("--data.path", str(shards), "--seed_everything", "1", "--trainer.accelerator", "cpu"),
+    ]
+    several = fit_arguments(study, sink, shards, options, num_gpus=4)
+    assert " ".join(several).count("--config ddp --trainer.devices 4") == 1
+    assert compare_arguments(study, study.runs, shards, options) == [
+        *(f"{options.out}/{name}" for name in ("vanilla-1", "vanilla-2", "sink-1", "sink-2")),
+        *("--text", str(shards), "--text", "more.txt", "--out", f"{options.out}/compare"),
+        *("--layouts", "16", "--tasks", "none", "--device", "cpu"),
+    ]
+
+
+def test_arms_and_seeds_can_be_chosen(write: Callable[..., Path]) -> None:
+    study = read_study(str(write()))
+    chosen = chosen_runs(study, Options(Path(), only=("sink",), seeds=(2,)))
+    assert [run.name for run in chosen] == ["sink-2"]
+
+
+# -- jobs -----------------------------------------------------------------------------------------
+
+
+class Silent(Board):
+    def show(self, jobs: Sequence[Job]) -> None:
+        """Nobody looks."""
+
+
+def job(folder: Path, name: str, code: str) -> Job:
+    return Job(name, [sys.executable, "-c", code], folder / name, folder / "logs" / f"{name}.log")
+
+
+def test_a_job_that_fails_stops_no_other_and_each_has_its_device(tmp_path: Path) -> None:
+    tell = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [
+        job(tmp_path, "bad", "print('why'); exit(3)"),
+        *(job(tmp_path, f"good-{i}", tell) for i in range(3)),
+    ]
+    ended: list[str] = []
+    train_all(jobs, ["0,1", "2,3"], Silent(), lambda one: ended.append(one.name))
+    assert [one.state for one in jobs] == ["failed", "finished", "finished", "finished"]
+    assert (jobs[0].last_line, jobs[0].exit_code) == ("why", 3)
+    assert {one.last_line for one in jobs[1:]} <= {"0,1", "2,3"}
+    assert sorted(ended) == sorted(one.name for one in jobs)
+
+
+def test_a_job_waits_for_the_process_that_trains_in_its_folder(tmp_path: Path) -> None:
+    """As one of a killed study does, which is still saving."""
+    from sinktrain.training.run import RunFolder
+
+    waits = job(tmp_path, "run", "pass")
+    hold = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(waits.run)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    assert hold.stdout is not None
+    assert hold.stdout.readline() == "held\n"
+    states: list[str] = []
+
+    class Watch(Board):
+        def show(self, jobs: Sequence[Job]) -> None:
+            states.append(jobs[0].state)
+            if len(states) == 2:
+                hold.communicate("")
+
+    train_all([waits], [None], Watch(), lambda _: None)
+    assert states[:2] == ["waiting", "waiting"]
+    assert states[-1] == "finished"
+    with RunFolder(waits.run).locked():
+        """Nobody holds it any more."""
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from sinktrain.training.run import RunFolder
+with RunFolder(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+ENDLESS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+while True:
+    time.sleep(0.01)
+"""
+
+
+def test_a_signal_reaches_what_runs_and_nothing_more_is_started(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "first", ENDLESS), job(tmp_path, "second", "pass")]
+
+    class Interrupt(Board):
+        def show(self, jobs: Sequence[Job]) -> None:
+            if jobs[0].state == "training" and jobs[0].elapsed_s > 0.5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StudyStopped, match="stopped by SIGTERM; the same command continues"):
+        train_all(jobs, [None], Interrupt(), lambda _: None)
+    assert [one.state for one in jobs] == ["stopped", "waiting"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_board_tells_what_runs_what_ended_and_the_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinktrain.training.metrics_table import MetricsTable
+
+    jobs = [job(tmp_path, name, "") for name in ("a", "b", "c")]
+    board = StudyBoard("tiny", num_devices=1, num_done=1)
+    board.show(jobs)
+    jobs[0].state, jobs[0].exit_code, jobs[0].elapsed_s = "finished", 0, 60.0
+    jobs[1].state, jobs[1].elapsed_s = "training", 20.0
+    jobs[1].run.mkdir()
+    MetricsTable(jobs[1].run / "metrics.csv").append(500, {"train/loss": 3.25, "eta_s": 30.0})
+    board.show(jobs)
+    monkeypatch.setattr("sinktrain.experiments.study_board.LOG_INTERVAL_S", 0.0)
+    board.show(jobs)
+    assert capsys.readouterr().err.splitlines() == [
+        "tiny: a finished  0:01:00",
+        "tiny: b training  step 500, loss 3.250, 0:00:30 left",
+        "tiny: 2 of 4 runs done, 0:01:25 left; b step 500, loss 3.250, 0:00:30 left",
+    ]
+
+
+# -- the whole ------------------------------------------------------------------------------------
+
+
+def test_a_run_is_trained_once_and_again_only_by_another_recipe(
+    write: Callable[..., Path], shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"vanilla": {}}
+    study = read_study(str(write(text=None, shards=str(shards), arms=arms, seeds=[1])))
+    options = Options(tmp_path / "out", stages=("train",), accelerator="cpu")
+    run_study(study, options)
+    written = (options.out / "vanilla" / "manifest.json").stat().st_mtime_ns
+    told = json.loads((options.out / "study.json").read_text())["runs"]
+    assert [one["run"] for one in told] == ["vanilla"]
+    assert told[0]["curve"]["step"][-1] == told[0]["global_step"] == 12
+    assert told[0]["hardware"]["train_seconds"] > 0
+    moved = replace(options, out=tmp_path / "moved")
+    shutil.move(options.out, moved.out)
+    run_study(study, moved)
+    assert (moved.out / "vanilla" / "manifest.json").stat().st_mtime_ns == written
+    longer = read_study(
+        str(
+            write(
+                text=None, shards=str(shards), arms=arms, seeds=[1], settings={"trainer": {"max_steps": 13}}
+            )
+        )
+    )
+    data = read_manifest(shards).fingerprint
+    [old], [new] = study.runs, longer.runs
+    assert is_done(old, digest(study.recipe(old), data), moved)
+    assert not is_done(new, digest(longer.recipe(new), data), moved)
+
+
+def test_a_dry_run_counts_and_makes_nothing(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write())
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["study", path, "--out", str(tmp_path / "out"), "--dry-run", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in rows] == ["vanilla-1", "sink-1", "vanilla-2", "sink-2"]
+    assert {row["tokens"] for row in rows} == {12 * 8 * 32}
+    assert main(["study", path, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "4 of 4 runs to train: 0.0M tokens" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+SBATCH = """#!/bin/bash
+echo "$*" >>"$SBATCH_LOG"
+echo "4$(wc -l <"$SBATCH_LOG");cluster"
+"""
+
+
+def test_on_slurm_each_run_is_a_task_and_a_job_behind_them_compares(
+    write: Callable[..., Path],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
+    path = str(write(text=None, shards=str(shards)))
+    typed = ["study", path, "--out", str(tmp_path / "out"), "--launcher", "slurm"]
+    assert main(typed) == 2
+    assert "no sbatch here; " in capsys.readouterr().err
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    assert main(typed) == 0
+    assert capsys.readouterr().out.startswith("submitted as jobs 41 and 42; watch ")
+    array, rest = (tmp_path / "log").read_text().splitlines()
+    assert array == f"--parsable {tmp_path}/out/slurm.sh"
+    assert "--dependency=afterany:41" in rest
+    assert rest.endswith("--stages compare,publish")
+    script = (tmp_path / "out" / "slurm.sh").read_text()
+    assert "#SBATCH --array=0-3\n" in script
+    subprocess.run(["bash", "-n", tmp_path / "out" / "slurm.sh"], check=True)
+    dry = script.replace("exec ", "echo ")
+    told = subprocess.run(
+        ["bash", "-c", dry],
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.endswith("--stages train --only sink --seeds 2\n")
+
+
+@pytest.fixture
+def shakespeare(write: Callable[..., Path]) -> Path:
+    """A study of two arms and two seeds on the shipped text that takes a minute."""
+    settings = {
+        "model": {"network": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}},
+        "trainer": {"max_steps": 40, "val_check_interval": 20},
+    }
+    prepare = {"vocab_size": 512, "max_tokens": 300_000, "val_fraction": 0.3}
+    compare = {"layouts": 16, "max_tokens": 4000, "tasks": "none"}
+    text = "data/shakespeare.txt.xz"
+    return write(text=text, prepare=prepare, settings=settings, compare=compare)
+
+
+def numbers(out: Path) -> Any:
+    """What a study found, without when and where."""
+    results = json.loads((out / RESULTS).read_text())
+    return [*results["perplexity"], *results["paired"]]
+
+
+def start(study: Path, out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sinktrain", "study", str(study), "--out", str(out), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow  # some 14 processes that import lightning
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_study_killed_anywhere_ends_with_the_same_table(
+    signum: signal.Signals, shakespeare: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    told, _ = start(shakespeare, whole).communicate(timeout=400)
+    assert (whole / RESULTS).exists(), told
+    for seconds in (6, 14, 25):
+        process = start(shakespeare, parts)
+        time.sleep(seconds)
+        process.send_signal(signum)
+        told, _ = process.communicate(timeout=100)
+        assert process.returncode in (0, -signum, 128 + signum), told
+    process = start(shakespeare, parts)
+    told, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, told
+    assert numbers(parts) == numbers(whole)
+
+
+@pytest.mark.slow
+def test_a_failed_arm_stops_no_other_and_is_named_at_the_end(
+    write: Callable[..., Path], shakespeare: Path, tmp_path: Path
+) -> None:
+    said = yaml.safe_load(shakespeare.read_text())
+    said["arms"]["bad"] = {"model": {"learning_rate": -1.0}}
+    said["seeds"] = [1]
+    shakespeare.write_text(yaml.safe_dump(said))
+    process = start(shakespeare, tmp_path / "out")
+    told, _ = process.communicate(timeout=400)
+    assert process.returncode == 2, told
+    assert "sinktrain study: bad failed, see " in told.splitlines()[-1]
+    assert "bad failed    sinktrain fit: model.learning_rate is -1.0; use more than 0" in told
+    assert {row["model"] for row in numbers(tmp_path / "out")[:10] if "model" in row} == {"vanilla", "sink"}
