@@ -38,6 +38,10 @@ class ExportError(SinktrainError):
     """An export that failed its own check, or a folder that it may not write to."""
 
 
+class PublishError(SinktrainError):
+    """A publication that the Hub does not take, or that would replace what is not ours."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``; did you mean "…"?`` for the nearest known word, or nothing."""
 

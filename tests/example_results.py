@@ -25,6 +25,8 @@ COST_OF_SLOTS = {
 }
 OWN_LOSS = {"vanilla": 4.1720, "sink": 4.1583, "zero": 4.1964, "gate": 4.1551}
 KINDS = {"vanilla": "none", "sink": "token", "zero": "zero", "gate": "gate"}
+CURVES = {"val/loss": 3.1, "stream/gap": 0.02, "sink/metric": 0.2}
+"""What was measured in training, and about where it ended."""
 NULL_MASS = {"zero": {"trained": 0.31, "initial": 0.04}, "gate": {"trained": 0.62, "initial": 0.5}}
 """By arm and weights; of the gate, a proxy."""
 
@@ -57,6 +59,7 @@ def example_results(
         "perplexity": perplexity,
         "paired": paired,
         "position_loss": [_position_loss(row, draw) for row in perplexity],
+        "training": [_training(model, metric) for model in models for metric in CURVES],
         "latency": [row for model in models for row in _latencies(model, draw)],
         "sink_metric": [row for model in models for row in _sink_metrics(model, draw)],
         "sink_attention": [row for model in models for row in _attention(model, draw)],
@@ -66,6 +69,8 @@ def example_results(
         "quantized": [
             row for text in texts for model in models for row in _quantized(model, text, perplexity)
         ],
+        "zero_shot": [_zero_shot(model) for model in models],
+        "zero_shot_paired": [_zero_shot_pair(b, a) for b, a in combinations(models, 2)],
         "verified": [row for text in texts for model in models for row in _verified(model, text, draw)],
         "failed": [{"model": "half-written", "error": "ModelError: model.safetensors is cut off"}],
     }
@@ -232,6 +237,17 @@ def _position_loss(row: Row, draw: random.Random) -> Row:
         losses.append(loss + 0.9 * math.exp(-pos / 40) + draw.gauss(0, 0.02))
     where = {key: row[key] for key in ("model", "text", "policy", "sinks", "window")}
     return {**where, "stream_pos": STREAM_POS, "loss_nats": losses}
+
+
+def _training(model: Row, metric: str) -> Row:
+    """Four measurements on the way to the row's end."""
+    shares = [0.25, 0.5, 0.75, 1.0]
+    where = {"model": model["name"], "metric": metric, "step": [int(400 * share) for share in shares]}
+    return {
+        **where,
+        "tokens_seen": [int(model["tokens_seen"] * share) for share in shares],
+        "value": [CURVES[metric] * (2 - share) + model["seed"] / 1000 for share in shares],
+    }
 
 
 def _removals(model: Row, text: str, perplexity: list[Row]) -> list[Row]:
@@ -461,6 +477,35 @@ def _latencies(model: Row, draw: random.Random) -> list[Row]:
                 }
             )
     return rows
+
+
+def _zero_shot(model: Row) -> Row:
+    value = 0.412 if model["arm"] == "vanilla" else 0.431
+    return {
+        "model": model["name"],
+        "task": "arc_easy",
+        "metric": "acc",
+        "value": value,
+        "stderr": math.sqrt(value * (1 - value) / 2375),
+        "num_examples": 2376,
+        "num_fewshot": 0,
+        "higher_is_better": True,
+    }
+
+
+def _zero_shot_pair(b: Row, a: Row) -> Row:
+    delta = _zero_shot(a)["value"] - _zero_shot(b)["value"]
+    return {
+        "a": a["name"],
+        "b": b["name"],
+        "task": "arc_easy",
+        "metric": "acc",
+        "delta": delta,
+        "ci95": [delta - 0.012, delta + 0.012],
+        "p": 0.002 if delta else 1.0,
+        "num_examples": 2376,
+        "interval": "examples",
+    }
 
 
 def _verified(model: Row, text: str, draw: random.Random) -> list[Row]:

@@ -440,6 +440,17 @@ def test_shard_that_its_index_lists_must_be_there(tmp_path: Path) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize("listed", [{"a": "../outside.safetensors"}, {"a": 3}, {"a": ""}, ["a"], None])
+def test_index_lists_files_of_its_own_folder_alone(tmp_path: Path, listed: Any) -> None:
+    folder = write_folder(tiny_model(), tmp_path / "folder")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(
+        ModelError, match=r"does not list files of its own folder|lists 3, which is not there"
+    ):
+        load_model(folder)
+
+
 def test_damaged_safetensors_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tiny_model(), tmp_path / "folder")
     path = folder / "model.safetensors"

@@ -273,7 +273,8 @@ MISTAKES = [
     (f"{COMPARE} --text {{home}}/text.txt --tasks ", '--tasks "" is not one of telemetry, removal'),
     (
         f"{COMPARE} --text {{home}}/text.txt --tasks removal,telemetri",
-        '--tasks "telemetri" is not one of telemetry, removal, latency, streameval, access, none; '
+        '--tasks "telemetri" is not one of telemetry, removal, latency, streameval, access, zero-shot, '
+        "arc_challenge, arc_easy, hellaswag, lambada_openai, openbookqa, piqa, winogrande, none; "
         'did you mean "telemetry"?',
     ),
     (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 import yaml
 from tiny_models import FACTS, edit_json, random_tokens, tiny_model, write_run
 
+from sinktrain.cli import main
 from sinktrain.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from sinktrain.errors import ExportError
 from sinktrain.model.checkpoints import describe, load_model
@@ -24,7 +27,7 @@ from sinktrain.model.init import SINK_PART
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.sinks.base import KINDS, AttentionSink, Loading, NullSlot
 from sinktrain.publishing import export as export_module
-from sinktrain.publishing.card import PROMPT
+from sinktrain.publishing.card_use import PROMPT
 from sinktrain.publishing.export import Exported, export
 from sinktrain.publishing.prefix_cache import behind_sink, sink_cache
 
@@ -615,3 +618,18 @@ def test_transformers_4_gives_our_logits_and_tokens(tmp_path: Path, tokenizer: T
         assert seen["largest_generated"] < tokenizer.vocab_size, seen
         assert seen["dtype"] == "torch.float32", seen
     assert [seen["folder"] for seen in seen_by_kind] == folders
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tiny_model(), tmp_path / "run")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"sinktrain export: .*out cannot be written: .*File too large.*; name another folder\n", said
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import io
+import json
 import os
 import subprocess
 import sys
@@ -101,6 +102,8 @@ class StandIn(ModuleType):
 
 
 class Run:
+    offline, url = False, "https://wandb.ai/lab/sinktrain/runs/1"
+
     def __init__(self, wandb: StandIn) -> None:
         self.wandb = wandb
         self.id = wandb.id
@@ -168,6 +171,7 @@ def test_wandb_gets_settings_code_and_metrics_and_a_continued_run_is_the_same_on
     assert wandb.config["model"]["warmup_steps"] == 1  # the newest start's
     assert wandb.config["code"] == code_version()
     assert "logger" not in wandb.config["trainer"]
+    assert json.loads((run / "manifest.json").read_text())["wandb_url"] == Run.url
     steps = [point["trainer/global_step"] for point in wandb.points if "train/loss" in point]
     assert steps == list(range(1, 9))
     assert not wandb.uploaded

@@ -16,7 +16,7 @@ from test_fit import measured, rows
 
 from sinktrain.training import metrics
 from sinktrain.training.metrics import Metrics, ProgressBar, _summary
-from sinktrain.training.metrics_table import COLUMNS, MetricsTable
+from sinktrain.training.metrics_table import COLUMNS, MetricsTable, curves, train_seconds
 from sinktrain.training.module import Pretraining
 from sinktrain.training.step import Stepper
 
@@ -199,3 +199,19 @@ def test_everything_at_once_fits_into_a_line() -> None:
     assert _summary(latest) == f"{told}, 12 skipped"
     assert len(f"fit  45%|█| 99000/143000, 6:20:01 left, {told}") <= 100
     assert _summary({"train/loss": 2.5, "skipped_steps": 0.0}) == "loss 2.500"
+
+
+def test_the_course_of_a_run_and_its_time_are_those_of_its_rows(tmp_path: Path) -> None:
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.append(10, {"tokens_seen": 1000.0, "tokens_per_s": 100.0, "train/loss": 5.0})
+    table.append(20, {"tokens_seen": 2000.0, "val/loss": 4.5})
+    table.append(20, {"tokens_seen": 2000.0, "tokens_per_s": 500.0, "stream/gap": 0.25, "sink/metric": 0.5})
+    table.append(30, {"tokens_seen": 3000.0, "tokens_per_s": 1000.0, "val/loss": 4.0})
+    assert train_seconds(table.rows()) == 1000 / 100 + 1000 / 500 + 1000 / 1000
+    assert curves(table.rows()) == [
+        {"metric": "val/loss", "step": [20, 30], "tokens_seen": [2000, 3000], "value": [4.5, 4.0]},
+        {"metric": "stream/gap", "step": [20], "tokens_seen": [2000], "value": [0.25]},
+        {"metric": "sink/metric", "step": [20], "tokens_seen": [2000], "value": [0.5]},
+    ]
+    assert train_seconds([]) == 0
+    assert curves([]) == []

@@ -305,7 +305,7 @@ def test_a_run_is_trained_once_and_again_only_by_another_recipe(
     written = (options.out / "vanilla" / "manifest.json").stat().st_mtime_ns
     told = json.loads((options.out / "study.json").read_text())["runs"]
     assert [one["run"] for one in told] == ["vanilla"]
-    assert told[0]["curve"]["step"][-1] == told[0]["global_step"] == 12
+    assert told[0]["global_step"] == 12
     assert told[0]["hardware"]["train_seconds"] > 0
     moved = replace(options, out=tmp_path / "moved")
     shutil.move(options.out, moved.out)

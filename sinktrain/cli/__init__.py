@@ -43,7 +43,8 @@ commands:
   bench      how fast training, decoding or evaluation is, floor or peers beside it
   doctor     what of this machine would stop or slow a run
 
-MODEL is a run folder, a .ckpt file, a Hugging Face folder or a Hub id (EleutherAI/pythia-160m).
+MODEL is a run folder, a .ckpt file, a Hugging Face folder or a Hub id (EleutherAI/pythia-160m, or
+EleutherAI/pythia-160m@step1000 for one of its revisions).
 TEXT is a .txt, .jsonl or .parquet file (also .gz, .xz, .zst), a folder of them, prepared shards,
 or a Hub dataset id.
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sinktrain.cli.parsing import (
+    MODEL_FORMS,
     Parser,
     add_device_options,
     add_source_options,
@@ -25,6 +26,9 @@ from sinktrain.cli.printing import print_json
 from sinktrain.errors import ConfigError, did_you_mean
 
 DEFAULT_TASKS = "telemetry,removal,latency,streameval,access"
+ALL_ZERO_SHOT = "zero-shot"
+HARNESS_PREFIX = "lm-eval:"
+"""Stands before the names of tasks that are lm-evaluation-harness's own affair."""
 
 MEASURED = """\
 Losses are counted for each token by each --policies, over the same tokens in every row: `streaming` keeps
@@ -37,6 +41,9 @@ token by token and has a 95% interval. --tasks add what losses don't show:
   latency     ms a token and memory, by policy, layout and length of the stream
   streameval  numbers told in the stream and asked for lines later, in the paper's form
   access      facts asked for from inside the window and beyond it, beside the score of guessing
+  zero-shot   the paper's seven tasks, by lm-evaluation-harness (pip install 'sinktrain[lm-eval]'), the sink
+              in front of every window; or some of them by their names (arc_easy, piqa, …), or any other
+              task of its as lm-eval:NAME. Not streamed; models are paired example by example
 
 --quantize adds what rounding costs, simulated (nothing gets faster), with the sink's slot and without:
 
@@ -58,7 +65,7 @@ def evaluate(arguments: list[str]) -> int:
         "      --layouts 512,1024 --policies streaming,dense,recompute\n"
         "  sinktrain evaluate runs/sink --text shards --tasks none --verify 512 --out runs/check",
     )
-    parser.add_argument("models", nargs=1, metavar="MODEL")
+    parser.add_argument("models", nargs=1, metavar="MODEL", help=MODEL_FORMS)
     options = parser.parse_args(arguments)
     _check_given(parser, options)
     return _finish("evaluate", _measured("evaluate", options, arguments), options)
@@ -75,7 +82,7 @@ def compare(arguments: list[str]) -> int:
         "      --layouts 256,512,1+1023 --policies streaming,dense,recompute --max-tokens 4_000_000\n"
         "  sinktrain compare --from-results runs/compare/results.json --out again --wandb sinks",
     )
-    parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=MODEL_FORMS)
     parser.add_argument(
         "--from-results",
         type=Path,
@@ -126,7 +133,17 @@ def _comparison_parser(command: str, usage: str, description: str, example: str)
         "--tasks",
         default=DEFAULT_TASKS,
         metavar="T,…",
-        help="telemetry, removal, latency, streameval, access, or none (default: all)",
+        help="telemetry, removal, latency, streameval, access (default: these), zero-shot, arc_easy, …, "
+        "lm-eval:NAME, or none",
+    )
+    parser.add_argument(
+        "--task-folder", type=Path, metavar="DIR", help="task definitions of your own, for lm-eval:NAME"
+    )
+    parser.add_argument(
+        "--task-limit",
+        type=number_from(1, of="examples"),
+        metavar="N",
+        help="examples of each task of lm-evaluation-harness (default: all)",
     )
     parser.add_argument(
         "--quantize",
@@ -202,6 +219,21 @@ def _names(option: str, typed: str, known: Sequence[str], alone: str | None = No
     return names
 
 
+def _tasks(typed: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """``--tasks`` as our own tasks and those of lm-evaluation-harness, by its names."""
+    from sinktrain.evaluation.compare import TASKS, ZERO_SHOT
+
+    given = [name for name in typed.split(",") if not name.startswith(HARNESS_PREFIX)]
+    others = [name.removeprefix(HARNESS_PREFIX) for name in typed.split(",") if name not in given]
+    if others and (not all(others) or "none" in given):
+        raise ConfigError(f"--tasks {typed}: write {HARNESS_PREFIX}NAME, and none alone")
+    known = (*TASKS, ALL_ZERO_SHOT, *ZERO_SHOT)
+    names = _names("--tasks", ",".join(given), known, alone="none") if given else ()
+    harness = [ZERO_SHOT if name == ALL_ZERO_SHOT else (name,) for name in names if name not in TASKS]
+    found = dict.fromkeys([*(name for some in harness for name in some), *others])
+    return tuple(name for name in names if name in TASKS), tuple(found)
+
+
 # -- steps ----------------------------------------------------------------------------------------
 
 
@@ -214,7 +246,7 @@ def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -
     from sinktrain.streaming.layout import parse_layouts
 
     policies = _names("--policies", options.policies, POLICIES)
-    tasks = _names("--tasks", options.tasks, comparing.TASKS, alone="none")
+    tasks, harness = _tasks(options.tasks)
     schemes: tuple[str, ...] = ()
     if options.quantize is not None:
         schemes = _names("--quantize", options.quantize, tuple(SCHEMES), alone="all") or tuple(SCHEMES)
@@ -235,6 +267,9 @@ def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -
             recompute_tokens=options.recompute_tokens,
             verify_tokens=options.verify,
             schemes=schemes,
+            harness=harness,
+            task_folder=options.task_folder,
+            task_limit=options.task_limit,
             device=device,
             dtype=chosen_dtype(options.dtype, device),
             out=options.out,
@@ -246,9 +281,10 @@ def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -
 def _finish(command: str, results: dict[str, Any], options: argparse.Namespace) -> int:
     """Show what was measured, then name the models that failed."""
     _show(results, options)
-    for row in results["failed"]:
+    failures = {row["error"]: row for row in results["failed"]}  # a task without data fails for all models
+    for row in failures.values():
         error = " ".join(row["error"].split())
-        subject = "" if row["model"] in error else f"{row['model']}: "
+        subject = "" if row["model"] in error or "task" in row else f"{row['model']}: "
         print(
             f"sinktrain {command}: {subject}{error}; the others' results are kept, "
             "the same command tries it again",

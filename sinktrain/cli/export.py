@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from sinktrain.cli.parsing import make_parser
+from sinktrain.cli.parsing import MODEL_FORMS, add_revision_option, make_parser
 from sinktrain.cli.printing import print_json
 
 LOADS_WITH = {
@@ -20,14 +20,17 @@ def export(arguments: list[str]) -> int:
     parser = make_parser(
         "export",
         "Write a Hugging Face folder that transformers loads; its logits are checked first.",
-        "sinktrain export runs/quickstart/sink --out sink-model",
+        "sinktrain export runs/quickstart/sink --out sink-model\n"
+        "  sinktrain export EleutherAI/pythia-14m --revision step1000 --out pythia",
     )
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_FORMS)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
+    add_revision_option(parser)
     options = parser.parse_args(arguments)
+    from sinktrain.model.hub import at_revision
     from sinktrain.publishing.export import export as write_folder
 
-    exported = write_folder(options.model, options.out)
+    exported = write_folder(at_revision(options.model, options.revision), options.out)
     if options.json:
         print_json(asdict(exported))
         return 0

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from sinktrain.data.sources import Source
 
+MODEL_FORMS = "run folder, .ckpt file, Hugging Face folder, or ORG/NAME or ORG/NAME@REVISION of the Hub"
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 
 
@@ -44,7 +45,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--subset", metavar="NAME", help="of a Hub dataset")
     group.add_argument("--split", metavar="S", default="train", help="of a Hub dataset (train)")
-    group.add_argument("--revision", metavar="R", help="of a Hub dataset")
+    group.add_argument("--revision", metavar="R", help="of a Hub dataset (of a model: ORG/NAME@R)")
+
+
+def add_revision_option(parser: argparse.ArgumentParser) -> None:
+    """``--revision`` of the one MODEL of a command; see ``at_revision``."""
+    parser.add_argument("--revision", metavar="R", help="of a Hub id, the same as ORG/NAME@R")
 
 
 def add_device_options(parser: argparse.ArgumentParser, default_dtype: str | None) -> None:

@@ -11,7 +11,14 @@ from contextlib import closing, nullcontext
 from dataclasses import fields
 from typing import Any
 
-from sinktrain.cli.parsing import add_device_options, chosen_device, make_parser, number_of_tokens
+from sinktrain.cli.parsing import (
+    MODEL_FORMS,
+    add_device_options,
+    add_revision_option,
+    chosen_device,
+    make_parser,
+    number_of_tokens,
+)
 from sinktrain.errors import ConfigError, StreamError
 
 STREAM_DESCRIPTION = """\
@@ -32,7 +39,8 @@ def stream(arguments: list[str]) -> int:
         "  sinktrain stream runs/quickstart/sink --turns --temperature 0.8 --min-p 0.05\n"
         "  sinktrain stream runs/quickstart/sink --turns < lines.txt > replies.txt",
     )
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_FORMS)
+    add_revision_option(parser)
     parser.add_argument(
         "--prompt", default="", metavar="TEXT", help="what to continue; - reads it from stdin"
     )
@@ -96,13 +104,15 @@ def _stream_to_stdout(options: argparse.Namespace, sampling: dict[str, Any]) -> 
     import torch
 
     from sinktrain.model.checkpoints import load_model
+    from sinktrain.model.hub import at_revision
     from sinktrain.streaming.decoder import StreamingDecoder
     from sinktrain.streaming.layout import Layout, stream_layout
     from sinktrain.streaming.text import Dialogue, stream_text, tokenizer_of
 
     prompt = _prompt(options.prompt)
-    model = load_model(options.model, chosen_device(options.device), getattr(torch, options.dtype))
-    tokenizer = tokenizer_of(model.config, options.model)
+    source = at_revision(options.model, options.revision)
+    model = load_model(source, chosen_device(options.device), getattr(torch, options.dtype))
+    tokenizer = tokenizer_of(model.config, source)
     layout = Layout.parse(options.layout) if options.layout else stream_layout(model.config)
     decoder = StreamingDecoder(model, layout.sinks, layout.window)
     max_tokens = getattr(options, "max_tokens", MAX_REPLY_TOKENS if options.turns else None)

@@ -88,7 +88,8 @@ def local_files(source: Source) -> list[Path]:
     """
     if (source.subset, source.split, source.revision) != (None, "train", None):
         raise DataError(
-            f"{source.location}: --subset, --split and --revision are for Hub datasets, not files"
+            f"{source.location}: --subset, --split and --revision are for Hub datasets, not files; "
+            "of a model write ORG/NAME@REVISION"
         )
     path = _path_of(source)
     if is_shards(source.location):

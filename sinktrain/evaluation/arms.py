@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sinktrain import __version__
 from sinktrain.errors import ModelError, StreamError
+from sinktrain.evaluation.harness_tasks import HarnessTasks, harness_rows
 from sinktrain.evaluation.latency import latency
 from sinktrain.evaluation.perplexity import Measured, Setting, dense_bytes, measure, settings_for
 from sinktrain.evaluation.quantized import Quantization
@@ -33,6 +34,7 @@ from sinktrain.model.sinks.base import KINDS
 from sinktrain.progress import progress_bar
 from sinktrain.streaming.decoder import fingerprint
 from sinktrain.streaming.layout import VANILLA_SINKS, Layout
+from sinktrain.training.metrics_table import MetricsTable, curves
 
 TASKS = ("telemetry", "removal", "latency", "streameval", "access")
 Row = dict[str, Any]
@@ -51,6 +53,7 @@ class Plan:
         device, dtype: where and in what the models run.
         out: measurements are kept in its folder ``measured``.
         schemes: of ``quantizers.SCHEMES``.
+        harness: tasks of lm-evaluation-harness.
     """
 
     layouts: list[Layout]
@@ -62,6 +65,7 @@ class Plan:
     dtype: torch.dtype
     out: Path
     schemes: tuple[str, ...] = ()
+    harness: HarnessTasks = field(default_factory=HarnessTasks)
 
     @property
     def first_scored(self) -> int:
@@ -219,7 +223,8 @@ def _probed(
 ) -> dict[str, list[Row]]:
     """Rows of the lists beside the losses; telemetry is taken on the first text."""
     layouts = ",".join(map(str, plan.layouts))
-    rows: dict[str, list[Row]] = {}
+    course = MetricsTable(Path(source.source, "metrics.csv"))  # a run folder's; others have none
+    rows: dict[str, list[Row]] = {"training": curves(course.rows())}
     if "telemetry" in plan.tasks:
         rows |= store.rows(f"telemetry-{texts[0].digest}", lambda: _telemetry(model, source, texts[0]))
     if "removal" in plan.tasks:
@@ -235,6 +240,8 @@ def _probed(
             f"{'-'.join(questions)}-{layouts}-{tokenizer.sha256[:16]}",
             lambda: streameval(model, tokenizer, plan.layouts, questions),
         )
+    if plan.harness.loaded:
+        rows |= harness_rows(model, source.source, texts[0].text.tokenizer, plan.harness, store)
     if plan.schemes:
         rows["quantized"] = [row for text in texts for row in _quantized(source, text, plan, store)]
     if "latency" in plan.tasks:  # of this machine, now: never taken from another time

@@ -17,6 +17,8 @@ from sinktrain import __version__
 from sinktrain.data.sources import Source
 from sinktrain.errors import ConfigError, ModelError, SinktrainError, first_line
 from sinktrain.evaluation.arms import TASKS, Arm, Plan, Streams, measure_arm
+from sinktrain.evaluation.harness_pairs import paired_rows
+from sinktrain.evaluation.harness_tasks import ZERO_SHOT, load_tasks
 from sinktrain.evaluation.perplexity import RECOMPUTE_TOKENS, cut_streams
 from sinktrain.evaluation.rows import (
     between_layouts,
@@ -31,10 +33,11 @@ from sinktrain.model.checkpoints import ModelSource, describe, load_model
 from sinktrain.model.config import ModelConfig
 from sinktrain.streaming.layout import Layout, default_layouts
 
-__all__ = ["TASKS", "Comparison", "compare"]
+__all__ = ["TASKS", "ZERO_SHOT", "Comparison", "compare"]
 
 SCHEMA_VERSION = 1
 LISTS = (
+    "training",
     "latency",
     "sink_metric",
     "sink_attention",
@@ -42,6 +45,7 @@ LISTS = (
     "removal",
     "streameval",
     "quantized",
+    "zero_shot",
     "verified",
 )
 
@@ -65,6 +69,9 @@ class Comparison:
         out: where the report will be; measurements are kept below it, so that the same command goes on.
         command: that repeats the comparison, for the report.
         schemes: of ``quantizers.SCHEMES``, whose cost in loss is measured.
+        harness: tasks of lm-evaluation-harness.
+        task_folder: of definitions of such tasks.
+        task_limit: examples of each of them; all when None.
     """
 
     models: list[str]
@@ -81,12 +88,16 @@ class Comparison:
     verify_tokens: int = 0
     command: str = ""
     schemes: tuple[str, ...] = ()
+    harness: tuple[str, ...] = ()
+    task_folder: Path | None = None
+    task_limit: int | None = None
 
 
 def compare(request: Comparison) -> dict[str, Any]:
     """Measure every model under every setting, and the differences between them.
 
-    A model that cannot be measured to the end is named in ``failed``; the others' results stand.
+    A model that cannot be measured to the end is named in ``failed``, and so is a task that cannot be asked;
+    the others' results stand.
 
     Returns:
         The content of ``results.json``.
@@ -100,6 +111,7 @@ def compare(request: Comparison) -> dict[str, Any]:
     configs = [load_model(source.source, "meta").config for source in sources]  # reads no weights
     plan = _plan(request, configs)
     texts = [_streams(*one, request, plan) for one in zip(sources, configs, strict=True)]
+    plan = replace(plan, harness=load_tasks(request.harness, request.task_folder, request.task_limit))
     arms, failed = _measured(list(zip(sources, texts, strict=True)), plan)
     models, perplexity = [arm.facts for arm in arms], _all(perplexity_rows, arms)
     return {
@@ -115,8 +127,13 @@ def compare(request: Comparison) -> dict[str, Any]:
             *seed_rows(models, perplexity),
         ],
         "position_loss": _all(position_rows, arms),
-        **{name: [row for arm in arms for row in arm.rows.get(name, [])] for name in LISTS},
-        "failed": failed,
+        **{name: _rows_of(name, arms) for name in LISTS},
+        "zero_shot_paired": paired_rows(_rows_of("example_scores", arms)),
+        "failed": [
+            *failed,
+            *_rows_of("failed", arms),
+            *(row for arm in arms for row in plan.harness.failures(arm.name)),
+        ],
     }
 
 
@@ -170,6 +187,10 @@ def _measured(
 
 def _all(rows: Any, arms: list[Arm]) -> list[dict[str, Any]]:
     return [row for arm in arms for row in rows(arm)]
+
+
+def _rows_of(name: str, arms: list[Arm]) -> list[dict[str, Any]]:
+    return [row for arm in arms for row in arm.rows.get(name, [])]
 
 
 def _text_names(texts: list[Source]) -> list[str]:

@@ -25,15 +25,11 @@ from sinktrain.experiments.study_file import Settings, Study, StudyRun, digest
 from sinktrain.experiments.study_pool import Job, train_all
 from sinktrain.files import write_json, write_text
 from sinktrain.training.configs import config_folder
-from sinktrain.training.metrics_table import MetricsTable
 from sinktrain.training.run import RunFolder
 
 SCHEMA_VERSION = 1
 STAGES = ("prepare", "train", "compare", "publish")
 SINKTRAIN = [sys.executable, "-m", "sinktrain"]
-CURVE = ("step", "tokens_seen", "train/loss", "val/loss", "tokens_per_s")
-MEASURED = ("stream/", "sink/")
-"""What columns of ``metrics.csv`` begin with that are measured as training goes."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +209,7 @@ def _overlay_file(options: Options, arm: str) -> Path:
 
 
 def _write_summary(study: Study, runs: Sequence[StudyRun], options: Options) -> None:
-    """``study.json``: each finished run with its curve, for whoever plots them."""
+    """``study.json``: what each finished run took and came to."""
     write_json(
         options.out / "study.json",
         {"schema_version": SCHEMA_VERSION, "study": study.name}
@@ -223,16 +219,9 @@ def _write_summary(study: Study, runs: Sequence[StudyRun], options: Options) -> 
 
 def _summary(run: StudyRun, folder: Path) -> dict[str, Any]:
     manifest = RunFolder(folder).read_manifest() or {}
-    rows = MetricsTable(folder / "metrics.csv").rows()
-    columns = [name for name in CURVE if any(row.get(name) for row in rows)]
-    columns += sorted({name for row in rows for name in row if name.startswith(MEASURED) and row[name]})
     facts = ("global_step", "tokens_seen", "val_loss_nats", "hardware")
-    return {
-        "run": run.name,
-        "arm": run.arm.name,
-        "seed": run.seed,
-        **{name: manifest.get(name) for name in facts},
-        "curve": {name: [float(row[name]) if row.get(name) else None for row in rows] for name in columns},
+    return {"run": run.name, "arm": run.arm.name, "seed": run.seed} | {
+        name: manifest.get(name) for name in facts
     }
 
 

@@ -26,7 +26,7 @@ COMPARE = (
     *("text", "layouts", "policies", "tasks", "quantize", "max_tokens", "streams", "recompute_tokens"),
     *("verify", "dtype", "wandb"),
 )
-PUBLISH = ("repo_id", "private", "revision", "tag", "checkpoints", "license", "collection")
+PUBLISH = ("repo_id", "private", "revision", "tag", "checkpoints", "license", "collection", "replace")
 
 
 @dataclass(frozen=True)

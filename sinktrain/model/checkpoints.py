@@ -242,7 +242,11 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
         return [folder / name]
     if not index.is_file():
         return []
-    files = [folder / part for part in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    listed = _read_json(index).get("weight_map")
+    parts = {str(part) for part in listed.values()} if isinstance(listed, dict) else {""}
+    if not all(part and Path(part).name == part for part in parts):
+        raise ModelError(f"{index} does not list files of its own folder; download the folder again")
+    files = [folder / part for part in sorted(parts)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ModelError(f"{index} lists {missing[0]}, which is not there; download the folder again")
@@ -276,7 +280,8 @@ def _load(path: Path) -> Any:
 
 def _target(path: Path) -> Path:
     """The checkpoint of a step that ``last.ckpt`` stands for; any other is its own."""
-    return path.with_name(path.readlink().name) if path.is_symlink() else path
+    stands_for_another = path.name == _LAST.name and path.is_symlink()  # in the Hub's cache all are links
+    return path.with_name(path.readlink().name) if stands_for_another else path
 
 
 def _newest_readable(damaged: Path) -> Path | None:

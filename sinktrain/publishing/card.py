@@ -2,131 +2,98 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import dataclass
+from pathlib import Path
 
+from sinktrain import __version__
 from sinktrain.model.checkpoints import ModelSource
-from sinktrain.model.config import ModelConfig, SinkConfig
-from sinktrain.model.sinks.base import KINDS, Loading
-from sinktrain.model.transformers_format import CODE_FILE, PREFIX_FILE, WEIGHTS_FILE
-from sinktrain.publishing.prefix_cache import behind_sink, sink_cache
+from sinktrain.model.config import ModelConfig
+from sinktrain.model.sinks.base import KINDS
+from sinktrain.publishing.card_compared import Compared
+from sinktrain.publishing.card_metadata import licence_id, metadata
+from sinktrain.publishing.card_picture import streaming_picture
+from sinktrain.publishing.card_results import results_parts
+from sinktrain.publishing.card_run import Training
+from sinktrain.publishing.card_training import settings_yaml, training_rows
+from sinktrain.publishing.card_use import FOUND_IN, USE, WHY, stream_words, token_words
+from sinktrain.report import findings
+from sinktrain.report.markdown import escaped
 
-PROMPT = "Once upon a time"
+SMALL = 1_000_000_000
 
 
-def model_card(name: str, config: ModelConfig, num_parameters: int, origin: ModelSource) -> str:
-    """README.md with the Hub's metadata on top; it claims no licence, since none is known here."""
+@dataclass(frozen=True)
+class CardOptions:
+    """What a card says besides what the model itself tells.
+
+    Args:
+        repo_id: the name that the model is loaded by, ORG/NAME; the folder's name when None.
+        licence: SPDX id; the card states none when None.
+        results: a ``results.json`` that holds this model, or its folder.
+        comparison: the whole comparison lies in ``comparison/`` beside the card.
+        revision: branch that the model is on, where that is not the one which is loaded without a word.
+    """
+
+    repo_id: str | None = None
+    licence: str | None = None
+    results: Path | None = None
+    comparison: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """README.md, and the picture that it shows, if any."""
+
+    text: str
+    picture: str | None
+
+
+def model_card(
+    name: str,
+    config: ModelConfig,
+    num_parameters: int,
+    origin: ModelSource,
+    options: CardOptions,
+    training: Training,
+    compared: Compared | None,
+) -> Card:
+    """The same of everything gives the same bytes.
+
+    Args:
+        name: what the model is loaded by where ``options`` give no repository.
+    """
+    name = options.repo_id or name
+    typed, quoted = name, f'"{name}"'
+    if options.revision is not None:
+        typed, quoted = f"{name}@{options.revision}", f'"{name}", revision="{options.revision}"'
     kind = KINDS[config.sink.kind]
-    return "\n\n".join(
-        [
-            _metadata(config.sink, kind.loads_as),
-            f"# {name}",
-            f"A GPT-NeoX language model of {num_parameters:,} parameters, exported by sinktrain, which found "
-            f"{_FOUND_IN[kind.loads_as]} to give the same logits.",
-            "## Sink",
-            f"`{kind.name}`: {kind.about}. {_WHY[kind.loads_as]}",
-            _tokens(config.sink),
-            "## Use",
-            _USE[kind.loads_as].replace("NAME", name),
-            "Batches are padded on the left, behind the attention mask: pass the mask that the tokenizer "
-            "returns.",
-            _stream(name),
-            "## Facts",
-            _facts(config, origin) + "\n",
-        ]
-    )
-
-
-def _metadata(sink: SinkConfig, loads_as: Loading) -> str:
-    tags = ["gpt_neox", "sinktrain"]
-    tags += ["attention-sink"] * (sink.kind != "none") + ["custom_code"] * (loads_as == "code")
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            *(f"- {tag}" for tag in tags),
-            "---",
-        ]
-    )
-
-
-_FOUND_IN: dict[Loading, str] = {
-    "plain": "plain `transformers`",
-    "prefix": f"plain `transformers` with the cache of `{PREFIX_FILE}`",
-    "code": f"`transformers` with the `{CODE_FILE}` of this folder",
-}
-
-_WHY: dict[Loading, str] = {
-    "plain": "It loads as the stock GPT-NeoX that it is.",
-    "prefix": "Every token attends to it as to one that stands at position 0, in front of the text. Stock "
-    f"GPT-NeoX has no weights for that, but a cache may hold it: `{WEIGHTS_FILE}` loads as it is, and "
-    f"`{PREFIX_FILE}` is the sink. **Without that cache it is another model, and nothing warns of it:** "
-    "`pipeline`, and a `generate` that is not given it, write other text. A cache that streams keeps the "
-    "sink for ever.",
-    "code": f"Stock GPT-NeoX has no place for that, so `{CODE_FILE}` is transformers' network with such an "
-    "attention. transformers runs it only with `trust_remote_code=True`, and refuses the model without; read "
-    "the file first, it is short. sinktrain itself runs no code of this folder.",
-}
-
-
-def _tokens(sink: SinkConfig) -> str:
-    if not sink.count:
-        return "Its tokenizer adds nothing to a text."
-    ids = ", ".join(map(str, sink.token_ids))
-    tokens = f"{sink.count} learnable sink token" + "s" * (sink.count > 1)
-    return (
-        f"In training every sample started with {tokens} (id {ids}; StreamingLLM, arXiv 2309.17453, section "
-        "3.3). Every input must start the same way, exactly once: the tokenizer sees to that, and code that "
-        "builds inputs from ids must do so itself. A text that spells a sink's name gets another one: "
-        "`split_special_tokens=True` reads it as text. A cache that streams keeps the sink for ever. "
-        "`generation_config.json` forbids to generate it."
-    )
-
-
-def _pipeline(*options: str) -> str:
-    arguments = ", ".join(['"text-generation"', 'model="NAME"', *options])
-    return f"""```python
-from transformers import pipeline
-
-pipeline({arguments})("{PROMPT}", max_new_tokens=50)
-```"""
-
-
-_WITH_CACHE = f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-{inspect.getsource(sink_cache)}
-
-{inspect.getsource(behind_sink)}
-
-model = AutoModelForCausalLM.from_pretrained("NAME")
-tokenizer = AutoTokenizer.from_pretrained("NAME")
-inputs = tokenizer("{PROMPT}", return_tensors="pt")
-logits = model(inputs.input_ids, past_key_values=sink_cache(model)).logits
-tokens = model.generate(**behind_sink(inputs), past_key_values=sink_cache(model), max_new_tokens=50)
-print(tokenizer.decode(tokens[0, 1:]))
-```
-
-Positions of the text start at 1 by themselves, and `generate` sees to those behind padding; a call of `model`
-on padded rows takes the mask of `behind_sink` and its own `position_ids`. For a batch,
-`sink_cache(model, batch_size)`."""
-
-_USE: dict[Loading, str] = {
-    "plain": _pipeline(),
-    "prefix": _WITH_CACHE,
-    "code": _pipeline("trust_remote_code=True")
-    + "\n\n`AutoModelForCausalLM` and `AutoTokenizer` take the same option.",
-}
-
-
-def _stream(name: str) -> str:
-    return f"""Without an end, in constant memory:
-
-```
-sinktrain stream {name} --prompt "{PROMPT}" --max-tokens inf
-```"""
+    picture = streaming_picture(compared.shown) if compared else None
+    parts = [
+        metadata(name.rpartition("/")[2], config.sink, options.licence, training, compared),
+        f"# {name.rpartition('/')[2]}",
+        f"A GPT-NeoX language model of {num_parameters:,} parameters, exported by sinktrain, which found "
+        f"{FOUND_IN[kind.loads_as]} to give the same logits.",
+        "## Sink",
+        f"`{kind.name}`: {kind.about}. {WHY[kind.loads_as]}",
+        token_words(config.sink),
+        "## Use",
+        USE[kind.loads_as].replace('"NAME"', quoted),
+        "Batches are padded on the left, behind the attention mask: pass the mask that the tokenizer "
+        "returns.",
+        stream_words(typed),
+        "## Facts",
+        _facts(config, origin),
+        *_training_parts(training, config, origin),
+        *(results_parts(compared, picture is not None, options.comparison) if compared else []),
+        "## Limitations",
+        _bullets(_limitations(config, num_parameters, origin, training, compared)),
+        "## Licence",
+        _licence(options.licence),
+        "## Citation",
+        _CITATION,
+    ]
+    return Card("\n\n".join(parts) + "\n", picture)
 
 
 def _facts(config: ModelConfig, origin: ModelSource) -> str:
@@ -137,8 +104,78 @@ def _facts(config: ModelConfig, origin: ModelSource) -> str:
         "vocabulary rows": f"{config.vocab_size:,}",
         "positions trained on": f"{network.max_position_embeddings:,}",
         "tokens seen": None if origin.tokens_seen is None else f"{origin.tokens_seen:,}",
-        "seed": origin.seed,
-        "arm": origin.arm,
+        "seed": None if origin.seed is None else str(origin.seed),
+        "arm": None if origin.arm is None else escaped(origin.arm),
     }
-    known = [f"| {fact} | {value} |" for fact, value in facts.items() if value is not None]
-    return "\n".join(["| fact | value |", "| --- | --- |", *known])
+    return _table("fact", {fact: value for fact, value in facts.items() if value is not None})
+
+
+def _training_parts(training: Training, config: ModelConfig, origin: ModelSource) -> list[str]:
+    rows = training_rows(training, config, origin)
+    parts = ["## Training", _table("training", rows)] if rows else []
+    if training.settings:
+        parts += [
+            "<details><summary>Settings</summary>",
+            f"```yaml\n{settings_yaml(training)}```",
+            "`sinktrain fit --config` reads them; `--data.path` and `--run` are yours.",
+            "</details>",
+        ]
+    return parts
+
+
+def _table(title: str, rows: dict[str, str]) -> str:
+    """Two columns of Markdown; the values may hold code and links, and no bars."""
+    return "\n".join([f"| {title} | |", "| --- | --- |", *(f"| {name} | {rows[name]} |" for name in rows)])
+
+
+def _bullets(sentences: list[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _limitations(
+    config: ModelConfig,
+    num_parameters: int,
+    origin: ModelSource,
+    training: Training,
+    compared: Compared | None,
+) -> list[str]:
+    size = "a small model" if num_parameters < SMALL else "a model"
+    seen = "" if origin.tokens_seen is None else f" that has seen {origin.tokens_seen:,} tokens"
+    text = f" All that it has seen is `{training.corpus.name}`." if training.corpus else ""
+    seed = "" if origin.seed is None else f" It is of one seed, {origin.seed}; another may differ."
+    return [
+        f"It is {size}{seen}: it continues text, follows no instructions, and states falsehoods as easily as "
+        f"facts.{text}{seed}",
+        "Streaming is not memory: a token that has left the window is forgotten, however long the stream "
+        f"goes on. The model was trained on samples of {config.network.max_position_embeddings:,} tokens.",
+        "Nothing here tested it for bias, harm, privacy or truth. Don't use it where somebody relies on what "
+        "it writes.",
+        *(map(escaped, findings.limits(compared.results)) if compared else []),
+    ]
+
+
+def _licence(licence: str | None) -> str:
+    return "Not stated: ask whoever published it." if licence is None else f"`{licence_id(licence)}`"
+
+
+_CITATION = f"""The sink and streaming, [arXiv 2309.17453](https://arxiv.org/abs/2309.17453):
+
+```bibtex
+@inproceedings{{xiao2024efficient,
+  title = {{Efficient Streaming Language Models with Attention Sinks}},
+  author = {{Xiao, Guangxuan and Tian, Yuandong and Chen, Beidi and Han, Song and Lewis, Mike}},
+  booktitle = {{International Conference on Learning Representations}},
+  year = {{2024}},
+  eprint = {{2309.17453}},
+  archivePrefix = {{arXiv}}
+}}
+```
+
+The software:
+
+```bibtex
+@software{{sinktrain,
+  title = {{sinktrain: GPT-NeoX models with or without an attention sink}},
+  version = {{{__version__}}}
+}}
+```"""

@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sinktrain.data.tokenizer import Tokenizer, load_tokenizer, sink_token_name
-from sinktrain.errors import ExportError
+from sinktrain.errors import ExportError, first_line
 from sinktrain.files import atomic_path, write_json, write_text
 from sinktrain.model.checkpoints import CHECKPOINT_KEY, ModelSource, describe, find_tokenizer, load_model
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.sinks.base import KINDS, Loading
 from sinktrain.model.transformers_format import CODE_FILE, to_transformers_config, to_transformers_weights
-from sinktrain.publishing.card import model_card
+from sinktrain.publishing.card import CardOptions, model_card
+from sinktrain.publishing.card_compared import read_compared
+from sinktrain.publishing.card_metadata import licence_id
+from sinktrain.publishing.card_results import PICTURE_FILE
+from sinktrain.publishing.card_run import read_training
 from sinktrain.publishing.prefix_cache import behind_sink, sink_cache
 
 CHECKED_LENGTHS = (1, 2, 33, 256)
@@ -47,31 +52,45 @@ class Exported:
     has_tokenizer: bool
 
 
-def export(source: str | Path, out: str | Path) -> Exported:
+def export(
+    source: str | Path, out: str | Path, card: CardOptions | None = None, revision: str | None = None
+) -> Exported:
     """Write ``source``, any form of MODEL, to the new folder ``out`` in transformers' format, float32.
 
     The folder appears complete and checked, or not at all.
 
+    Args:
+        card: what its README.md says besides what the model itself tells.
+        revision: branch, tag or commit of a Hub id.
+
     Raises:
         ModelError, DataError: the model or its tokenizer cannot be read.
+        ConfigError: the results for the card cannot be read.
         ExportError: ``out`` is taken or cannot be written, the tokenizer is another model's, there is no way
-            to load the sink, or transformers does not give our logits and tokens.
+            to load the sink, transformers does not give our logits and tokens, or what the card is to say is
+            not so: results of other models, a licence that is none.
     """
-    out = Path(out).expanduser().resolve()
+    out, card = Path(out).expanduser().resolve(), card or CardOptions()
     _check_free(out)
-    model = load_model(source)
+    if card.licence is not None:
+        licence_id(card.licence)
+    model = load_model(source, revision=revision)
     loads_as = _way_to_load(model.config.sink.kind)
-    tokenizer_folder = find_tokenizer(source)
+    tokenizer_folder = find_tokenizer(source, revision)
     tokenizer = load_tokenizer(str(tokenizer_folder)) if tokenizer_folder else None
     if tokenizer:
         _check_belongs(tokenizer, model, source)
-    origin = describe(source)
+    origin, training = describe(source, revision), read_training(source, revision)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    compared = read_compared(card.results, origin, model.config, num_parameters) if card.results else None
+    made = model_card(out.name, model.config, num_parameters, origin, card, training, compared)
     with _folder_in_making(out) as folder:
-        _write_model(folder, model, tokenizer, origin)
+        _write_model(folder, model, tokenizer, origin, training.facts)
         if tokenizer:
             _write_tokenizer(folder, model, tokenizer)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        write_text(folder / "README.md", model_card(out.name, model.config, num_parameters, origin))
+        write_text(folder / "README.md", made.text)
+        if made.picture:
+            write_text(folder / PICTURE_FILE, made.picture)
         with _quiet_transformers():
             max_logit_diff = _check_logits(folder, model, loads_as)
             if tokenizer:
@@ -127,16 +146,20 @@ def _folder_in_making(out: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise ExportError(f"{out} cannot be written: {reason}; name another folder") from error
+    except SafetensorError as error:  # so it says of a full disk
+        raise ExportError(f"{out} cannot be written: {first_line(error)}; name another folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_model(folder: Path, model: GPTNeoX, tokenizer: Tokenizer | None, origin: ModelSource) -> None:
+def _write_model(
+    folder: Path, model: GPTNeoX, tokenizer: Tokenizer | None, origin: ModelSource, more_facts: dict[str, str]
+) -> None:
     bos = model.sink_ids[-1] if model.sink_ids else None
     eos = tokenizer.eos_token_id if tokenizer else None
     config = to_transformers_config(model.config, bos, eos)
     facts = {key: value for key, value in asdict(origin).items() if key not in ("name", "source")}
-    write_json(folder / "config.json", config | {CHECKPOINT_KEY: facts})
+    write_json(folder / "config.json", config | {CHECKPOINT_KEY: facts | more_facts})
     write_json(
         folder / "generation_config.json",
         {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}

@@ -13,7 +13,9 @@ def sink_cache(model: "PreTrainedModel", batch_size: int = 1) -> "DynamicCache":
     from transformers import DynamicCache
     from transformers.utils import cached_file
 
-    sink = load_file(cached_file(model.name_or_path, "prefix_cache.safetensors"), str(model.device))
+    revision = getattr(model.config, "_commit_hash", None)
+    file = cached_file(model.name_or_path, "prefix_cache.safetensors", revision=revision)
+    sink = load_file(file, str(model.device))
     keys, values = (sink[part].to(model.dtype).repeat(1, batch_size, 1, 1, 1) for part in ("keys", "values"))
     return DynamicCache(zip(keys, values, strict=True))
 

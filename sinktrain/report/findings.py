@@ -113,11 +113,12 @@ READING = (
 
 
 def failures(results: Results) -> list[str]:
-    """What could not be measured, and why."""
-    return [
-        f"{printable(row['model'])} could not be measured: {printable(row['error'])}"
+    """What could not be measured, and why; a task that no model could be asked is told once."""
+    sentences = [
+        printable(row["error"] if "task" in row else f"{row['model']} could not be measured: {row['error']}")
         for row in results["failed"]
     ]
+    return list(dict.fromkeys(sentences))
 
 
 def limits(results: Results) -> list[str]:

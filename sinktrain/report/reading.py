@@ -27,8 +27,13 @@ LISTS_OF_MODELS = (
     "norms",
     "removal",
     "streameval",
+    "zero_shot",
     "verified",
+    "training",
 )
+LISTS_OF_PAIRS = ("paired", "zero_shot_paired")
+GAINED_LISTS = ("training", "zero_shot", "zero_shot_paired")
+"""That results of an older version lack."""
 MUST_BE = {
     "minimum": "at least ",
     "maximum": "at most ",
@@ -59,6 +64,7 @@ def read_results(path: Path) -> dict[str, Any]:
             f"{path} is not JSON ({first_line(error)}); name a results.json of sinktrain compare"
         ) from None
     _check_version(path, results)
+    results = {name: [] for name in GAINED_LISTS} | results
     problem = best_match(results_validator().iter_errors(results))
     if problem is not None:
         raise ConfigError(f"{path}: {_problem_words(problem)}; measure again, or mend the file")
@@ -101,7 +107,7 @@ def _check_names(path: Path, results: Results) -> None:
     """What the schema can't say: rows speak of models and arms that are there."""
     models = {model["name"] for model in results["models"]}
     arms = {model["arm"] for model in results["models"]}
-    named = {**dict.fromkeys(LISTS_OF_MODELS, ("model",)), "paired": ("a", "b")}
+    named = {**dict.fromkeys(LISTS_OF_MODELS, ("model",)), **dict.fromkeys(LISTS_OF_PAIRS, ("a", "b"))}
     for name, keys in named.items():
         for number, row in enumerate(results[name]):
             known = arms if row.get("interval") == "seeds" else models

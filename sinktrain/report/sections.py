@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sinktrain.report import findings, wording
 from sinktrain.report.contests import main_pairs
-from sinktrain.report.figures import differences, heat, inside, losses, quantized, streams
+from sinktrain.report.figures import differences, heat, inside, losses, quantized, streams, training
 from sinktrain.report.figures.source import all_texts, drawn_models
 from sinktrain.report.figures.spec import Figure
 from sinktrain.report.glossary import WORDS
@@ -37,6 +37,7 @@ from sinktrain.report.quantized_tables import (
 )
 from sinktrain.report.setting_tables import environment_table, model_table
 from sinktrain.report.wording import Results, Row
+from sinktrain.report.zero_shot_tables import ABOUT, zero_shot_pair_table, zero_shot_table
 
 Section = tuple[str, str]  # heading, HTML
 
@@ -53,7 +54,9 @@ def sections(results: Results) -> list[Section]:
         _quantized_section(results),
         _inside_section(results),
         _recall_section(results),
+        _zero_shot_section(results),
         _cost_section(results),
+        _training_section(results),
         ("How to read it", _reading(results)),
         ("How it was measured", _settings(results)),
     ]
@@ -206,10 +209,24 @@ def _recall_section(results: Results) -> Section | None:
     return _plotted("What a stream remembers", words, streams.recall_figures(results), after=summary)
 
 
+def _zero_shot_section(results: Results) -> Section | None:
+    table, differences = zero_shot_table(results), zero_shot_pair_table(results)
+    if not table.rows:
+        return None
+    parts = [soft(ABOUT), table_html(table, "Scores by task and model")]
+    parts += [table_html(differences, "Differences, example by example")] * bool(differences.rows)
+    return "Tasks of lm-evaluation-harness", "".join(parts)
+
+
 def _cost_section(results: Results) -> Section | None:
     words = "One token at a time, after as many tokens as the axis says." + _one_seed(results)
     summary = closed("Time and memory in numbers", table_html(latency_table(results), "Time and memory"))
     return _plotted("Time and memory", words, streams.cost_figures(results), after=summary)
+
+
+def _training_section(results: Results) -> Section | None:
+    words = "What the runs measured as they went; a sink shows itself long before the end, or not at all."
+    return _plotted("Training", words, training.training_figures(results))
 
 
 def _plotted(heading: str, words: str, figures: list[Figure], after: str = "") -> Section | None:

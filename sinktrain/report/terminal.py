@@ -12,6 +12,7 @@ from sinktrain.report.loss_tables import bits_cell, perplexity_cell, perplexity_
 from sinktrain.report.probe_tables import is_null, is_proxy, null_mass_text, sink_rows, untrained
 from sinktrain.report.table import COLUMN_GAP, Table
 from sinktrain.report.wording import Results, Row, printable, ratio_text, share_text
+from sinktrain.report.zero_shot_tables import zero_shot_lines
 
 MOST_IN_A_LINE = 4
 REMOVAL_TESTS = {"removed": "first tokens removed", "replaced": "kept tokens made line breaks"}
@@ -29,6 +30,7 @@ def terminal_table(results: Results, width: int = 100) -> str:
         *_removal_lines(results),
         *_quantized_lines(results),
         *_streameval_lines(results),
+        *zero_shot_lines(results),
         *_latency_lines(results),
         *_verified_lines(results),
         *failures(results),

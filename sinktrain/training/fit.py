@@ -26,6 +26,7 @@ from sinktrain.training.companions import LAUNCHED_BY
 from sinktrain.training.continuing import Continuation, leave_behind, set_aside
 from sinktrain.training.dry_run import plan
 from sinktrain.training.launchers import find_once, told_once_a_host
+from sinktrain.training.loggers import wandb_url
 from sinktrain.training.memory import checkpoint_bytes, num_parameters
 from sinktrain.training.metrics_table import MetricsTable, train_seconds
 from sinktrain.training.run import ONCE_IMPLIED, differences
@@ -249,6 +250,7 @@ def _finish(cli: TrainingCLI, trainer: pl.Trainer, identity: dict[str, Any]) -> 
         "val_loss_nats": None if val_loss is None else float(val_loss),
         "resumed_from": cli.run.resumed_from(cli.config.resume),
         "hardware": _hardware(cli, trainer),
+        "wandb_url": wandb_url(trainer.loggers),
     }
     cli.run.write_manifest(identity, **facts)
     ended = "finished" if facts["is_finished"] else "ended"

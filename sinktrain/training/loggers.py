@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,12 @@ def _log_settings_to_tensorboard(logger: TensorBoardLogger, settings: dict[str, 
     make: Any = summary.hparams
     for part in make(plain, {"val/loss": 0.0}):
         logger.experiment.file_writer.add_summary(part)
+
+
+def wandb_url(loggers: Iterable[Logger]) -> str | None:
+    """The run's page at W&B; None without that logger, and offline."""
+    runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
+    return next((run.url for run in runs if not run.offline), None)
 
 
 def _upload_model(logger: WandbLogger, run: RunFolder) -> None:

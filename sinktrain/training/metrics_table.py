@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sinktrain.files import atomic_path
 
@@ -76,3 +77,24 @@ def train_seconds(rows: Sequence[Mapping[str, str]]) -> float:
             seconds += (now - tokens) / float(row["tokens_per_s"])
             tokens = now
     return seconds
+
+
+CURVES = ("val/loss", "stream/gap", "sink/metric", "sink/metric_null")
+"""What is told of a run's course: held-out loss and gap in nats, shares of heads."""
+
+
+def curves(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """What was measured in training: rows of ``metric``, and lists ``step``, ``tokens_seen``, ``value``."""
+    found = []
+    for metric in CURVES:
+        points = [row for row in rows if row.get(metric) and row.get("tokens_seen")]
+        if points:
+            found.append(
+                {
+                    "metric": metric,
+                    "step": [int(row["step"]) for row in points],
+                    "tokens_seen": [int(float(row["tokens_seen"])) for row in points],
+                    "value": [float(row[metric]) for row in points],
+                }
+            )
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sinktrain.report.figures import differences, heat, inside, losses, quantized, streams
+from sinktrain.report.figures import differences, heat, inside, losses, quantized, streams, training
 from sinktrain.report.figures.look import TEMPLATE, Spec, coloured
 from sinktrain.report.figures.source import all_texts, drawn_models
 from sinktrain.report.figures.spec import Figure
@@ -33,6 +33,7 @@ def every_figure(results: Results) -> Iterator[Figure]:
     yield from inside.norm_figures(results)
     yield from streams.recall_figures(results)
     yield from streams.cost_figures(results)
+    yield from training.training_figures(results)
 
 
 def all_figures(results: Results) -> dict[str, Spec]:
