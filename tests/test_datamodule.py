@@ -228,6 +228,17 @@ def test_iterating_again_starts_again_and_ends_the_first_thread(shards: Path) ->
     loader.close()
 
 
+def test_a_closed_loader_has_no_thread(shards: Path) -> None:
+    """One that is in torch while Python shuts down aborts the process, though the run has finished."""
+    before = threading.active_count()
+    for _ in range(20):
+        loader = data(shards).train_dataloader()
+        next(iter(loader))
+        assert threading.active_count() == before + 1
+        loader.close()
+        assert threading.active_count() == before
+
+
 def test_waiting_is_counted(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = data(shards).train_dataloader()
     real = loader.batch

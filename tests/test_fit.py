@@ -24,7 +24,8 @@ from sinktrain.model.config import PYTHIA, NetworkConfig, SinkConfig
 from sinktrain.training import loggers
 from sinktrain.training.configs import config_folder, default_run, find_config
 from sinktrain.training.metrics_table import MetricsTable
-from sinktrain.training.module import Pretraining, arm_name
+from sinktrain.training.module import Pretraining
+from sinktrain.training.recipe import arm_name
 from sinktrain.training.saving import LAST
 from sinktrain.training.settings import TrainingCLI
 from sinktrain.training.step import Stepper

@@ -12,6 +12,7 @@ from sinktrain.cli.parsing import (
     chosen_device,
     chosen_dtype,
     make_parser,
+    names_of,
     number_from,
     number_list,
     number_of_tokens,
@@ -252,11 +253,11 @@ def _presets(options: argparse.Namespace) -> list[str]:
 
 
 def _kinds(typed: str | None) -> list[str]:
-    from sinktrain.model.config import SinkConfig
+    """Kinds to time beside vanilla, which is timed anyway."""
     from sinktrain.model.sinks.base import KINDS
 
-    names = sorted(set(KINDS) - {"none"}) if typed == "all" else typed.split(",") if typed else []
-    return [SinkConfig(name).kind for name in names]
+    others = sorted(set(KINDS) - {"none"})
+    return list(names_of("--kinds", typed, others, alone="all") or others) if typed else []
 
 
 def _layouts(options: argparse.Namespace) -> list[Layout]:

@@ -6,7 +6,6 @@ import argparse
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from sinktrain.cli.parsing import (
     chosen_device,
     chosen_dtype,
     make_parser,
+    names_of,
     number_from,
     number_of_tokens,
     text_source,
 )
 from sinktrain.cli.printing import print_json
-from sinktrain.errors import ConfigError, did_you_mean
+from sinktrain.errors import ConfigError
 
 DEFAULT_TASKS = "telemetry,removal,latency,streameval,access"
 ALL_ZERO_SHOT = "zero-shot"
@@ -204,21 +204,6 @@ def _check_only_rendering(parser: Parser, options: argparse.Namespace) -> None:
         raise ConfigError(f"--from-results measures nothing, so leave out {', '.join(extra)}")
 
 
-def _names(option: str, typed: str, known: Sequence[str], alone: str | None = None) -> tuple[str, ...]:
-    """``a,b`` as names, each once; nothing for the word ``alone``, which goes with no other."""
-    names = tuple(dict.fromkeys(typed.split(",")))
-    if alone in names:
-        if len(names) > 1:
-            raise ConfigError(f"{option} {typed}: {alone} stands alone; leave it or the others out")
-        return ()
-    words = [*known] if alone is None else [*known, alone]
-    for name in names:
-        if name not in known:
-            hint = did_you_mean(name, words)
-            raise ConfigError(f'{option} "{name}" is not one of {", ".join(words)}{hint}')
-    return names
-
-
 def _tasks(typed: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """``--tasks`` as our own tasks and those of lm-evaluation-harness, by its names."""
     from sinktrain.evaluation.compare import TASKS, ZERO_SHOT
@@ -228,7 +213,7 @@ def _tasks(typed: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if others and (not all(others) or "none" in given):
         raise ConfigError(f"--tasks {typed}: write {HARNESS_PREFIX}NAME, and none alone")
     known = (*TASKS, ALL_ZERO_SHOT, *ZERO_SHOT)
-    names = _names("--tasks", ",".join(given), known, alone="none") if given else ()
+    names = names_of("--tasks", ",".join(given), known, alone="none") if given else ()
     harness = [ZERO_SHOT if name == ALL_ZERO_SHOT else (name,) for name in names if name not in TASKS]
     found = dict.fromkeys([*(name for some in harness for name in some), *others])
     return tuple(name for name in names if name in TASKS), tuple(found)
@@ -245,11 +230,11 @@ def _measured(command: str, options: argparse.Namespace, arguments: list[str]) -
     from sinktrain.report.write import check_report_folder
     from sinktrain.streaming.layout import parse_layouts
 
-    policies = _names("--policies", options.policies, POLICIES)
+    policies = names_of("--policies", options.policies, POLICIES)
     tasks, harness = _tasks(options.tasks)
     schemes: tuple[str, ...] = ()
     if options.quantize is not None:
-        schemes = _names("--quantize", options.quantize, tuple(SCHEMES), alone="all") or tuple(SCHEMES)
+        schemes = names_of("--quantize", options.quantize, tuple(SCHEMES), alone="all") or tuple(SCHEMES)
     layouts = parse_layouts(options.layouts) if options.layouts else []
     check_report_folder(options.out)
     if options.wandb is not None:

@@ -32,7 +32,7 @@ example:
 
 
 def fit(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(FIT_HELP)
         return 0
     from sinktrain.experiments.emergence import streaming_gaps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from sinktrain.errors import ConfigError, did_you_mean, first_line
@@ -87,6 +87,21 @@ def number_list(option: str, typed: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", typed):
         raise ConfigError(f"{option} {typed} is not a list of numbers from 1 on; write it like 1,32")
     return [int(number) for number in typed.split(",")]
+
+
+def names_of(option: str, typed: str, known: Sequence[str], alone: str | None = None) -> tuple[str, ...]:
+    """``a,b`` as names, each once; nothing for the word ``alone``, which goes with no other."""
+    names = tuple(dict.fromkeys(typed.split(",")))
+    if alone in names:
+        if len(names) > 1:
+            raise ConfigError(f"{option} {typed}: {alone} stands alone; leave it or the others out")
+        return ()
+    words = [*known] if alone is None else [*known, alone]
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, words)
+            raise ConfigError(f'{option} "{name}" is not one of {", ".join(words)}{hint}')
+    return names
 
 
 def text_source(text: str, options: argparse.Namespace) -> Source:

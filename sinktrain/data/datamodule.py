@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -180,6 +181,8 @@ class WindowLoader:
         self.wait_s = 0.0
         """Seconds that training has waited for batches."""
         self._stop = threading.Event()
+        self._ready: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=4)
+        self._reader: threading.Thread | None = None
 
     def batch(self, number: int) -> Tensor:
         """The batch that is ``number`` strides after the first."""
@@ -192,8 +195,9 @@ class WindowLoader:
     def __iter__(self) -> Iterator[Tensor]:
         self.close()
         stop = self._stop = threading.Event()
-        ready: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=4)
-        threading.Thread(target=self._read_ahead, args=(ready, stop), daemon=True).start()
+        ready = self._ready = queue.Queue(maxsize=4)
+        self._reader = threading.Thread(target=self._read_ahead, args=(ready, stop), daemon=True)
+        self._reader.start()
         while True:
             started_at = time.perf_counter()
             batch = ready.get()
@@ -203,8 +207,12 @@ class WindowLoader:
             yield batch
 
     def close(self) -> None:
-        """Let the reading thread end."""
+        """End the reading thread; inside torch while Python shuts down it would abort the process."""
         self._stop.set()
+        if self._reader is not None and self._reader is not threading.current_thread():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get_nowait()  # it may be waiting for room
+            self._reader.join()
 
     def _read_ahead(self, ready: queue.Queue[Tensor | BaseException], stop: threading.Event) -> None:
         number = 0
@@ -214,11 +222,9 @@ class WindowLoader:
             except Exception as error:  # handed to the training thread, which raises it
                 batch = error
             while not stop.is_set():
-                try:
+                with contextlib.suppress(queue.Full):
                     ready.put(batch, timeout=0.2)
                     break
-                except queue.Full:
-                    continue
             if isinstance(batch, BaseException):
                 return
             number += 1

@@ -29,6 +29,7 @@ from sinktrain.training.graphed import GraphedStepper
 from sinktrain.training.muon import muon, muon_groups
 from sinktrain.training.optim import adamw, parameter_groups
 from sinktrain.training.random_states import random_states, restore_random_states
+from sinktrain.training.recipe import arm_name, check_recipe, check_skipping
 from sinktrain.training.schedule import Schedule
 from sinktrain.training.sharding import is_sharded
 from sinktrain.training.step import Stepper, fast_attention
@@ -103,8 +104,8 @@ class Pretraining(pl.LightningModule):
         super().__init__()
         if window is not None and window < 1:
             raise ConfigError(f"model.window is {window}; use 1 or more, or null for all earlier tokens")
-        _check_recipe(learning_rate, min_lr_ratio, weight_decay, betas, eps, clip_norm)
-        _check_skipping(spike_sigma, max_skipped_steps)
+        check_recipe(learning_rate, min_lr_ratio, weight_decay, betas, eps, clip_norm)
+        check_skipping(spike_sigma, max_skipped_steps)
         self.automatic_optimization = False
         self.network_config = network
         self.sink = sink
@@ -358,40 +359,3 @@ class Pretraining(pl.LightningModule):
     @property
     def _data(self) -> WindowData:
         return cast(WindowData, cast(Any, self.trainer).datamodule)
-
-
-def _check_recipe(
-    learning_rate: float,
-    min_lr_ratio: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    clip_norm: float,
-) -> None:
-    problems = {
-        f"model.learning_rate is {learning_rate}; use more than 0": learning_rate > 0,
-        f"model.min_lr_ratio is {min_lr_ratio}; use 0 to 1": 0 <= min_lr_ratio <= 1,
-        f"model.weight_decay is {weight_decay}; use 0 or more": weight_decay >= 0,
-        f"model.betas are {list(betas)}; use two of 0 or more, below 1": all(0 <= beta < 1 for beta in betas),
-        f"model.eps is {eps}; use 0 or more": eps >= 0,
-        f"model.clip_norm is {clip_norm}; use more than 0": clip_norm > 0,
-    }
-    found = [problem for problem, is_good in problems.items() if not is_good]
-    if found:
-        raise ConfigError("; ".join(found))
-
-
-def _check_skipping(spike_sigma: float | None, max_skipped_steps: int) -> None:
-    if spike_sigma is not None and spike_sigma <= 0:
-        raise ConfigError(f"model.spike_sigma is {spike_sigma}; use more than 0, or null to skip no spikes")
-    if max_skipped_steps < 1:
-        raise ConfigError(f"model.max_skipped_steps is {max_skipped_steps}; use 1 or more")
-
-
-def arm_name(sink: SinkConfig, window: int | None = None, mask_documents: bool = False) -> str:
-    """``vanilla``, ``token``, ``token-2``, ``zero-window-128``, ``token-documents``: what arms differ in."""
-    parts = ["vanilla" if sink.kind == "none" else sink.kind]
-    parts += [str(sink.count)] * (sink.count > 1)
-    parts += [] if window is None else [f"window-{window}"]
-    parts += ["documents"] * mask_documents
-    return "-".join(parts)
