@@ -124,6 +124,10 @@ def test_help_of_a_command_has_an_example(run: Run, command: str) -> None:
     assert f"sinktrain {command} " in said.out.partition("example:\n")[2]
 
 
+def test_help_of_fit_is_the_same_behind_a_config(run: Run) -> None:
+    assert run("fit", "--config", "quickstart", "--help") == run("fit", "--help")
+
+
 def test_help_and_version_import_no_torch() -> None:
     script = (
         "import sys; from sinktrain.cli import main\n"
@@ -486,6 +490,7 @@ def test_stats_are_on_stderr_and_right(run: Run, home: Path) -> None:
     assert 5e7 < int(last_line[1].replace(",", "")) < 5e10  # a process with torch, in bytes
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_the_stream(home: Path) -> None:
     pipeline = '"$0" stream "$1" --prompt "So it goes." | head -c 20; echo "${PIPESTATUS[0]}" >&2'
     done = subprocess.run(
