@@ -23,6 +23,7 @@ from sinktrain.data.tokenizer import load_tokenizer, train_tokenizer
 from sinktrain.errors import ConfigError, DataError, ModelError, SinktrainError, StreamError
 from sinktrain.evaluation import arms as arms_module
 from sinktrain.evaluation import compare as compare_module
+from sinktrain.evaluation import streameval as streameval_module
 from sinktrain.evaluation.compare import TASKS, Comparison, compare
 from sinktrain.evaluation.statistics import by_position, mean_interval, paired_difference
 from sinktrain.evaluation.timing import free_bytes
@@ -125,8 +126,8 @@ def of_kinds(home: Path) -> Results:
             request,
             policies=policies,
             tasks=("telemetry", "removal"),
-            verify_tokens=80,
-            recompute_tokens=64,
+            verify_tokens=40,
+            recompute_tokens=32,
             dtype=torch.float64,
         )
     )
@@ -633,6 +634,13 @@ def test_recomputed_rows_are_paired_with_streaming_on_the_tokens_that_both_score
 # -- tasks ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NUM_QUERIES", "FEWER_QUERIES"):
+        monkeypatch.setattr(streameval_module, name, 10)
+
+
+@pytest.mark.usefixtures("few_questions")
 def test_all_tasks_fill_their_lists_and_fit_the_schema(home: Path) -> None:
     found = compare(asked(home, "vanilla", "sink", tasks=TASKS, verify_tokens=40))
     assert schema_problems(found) == []
@@ -645,6 +653,7 @@ def test_all_tasks_fill_their_lists_and_fit_the_schema(home: Path) -> None:
     assert 0 < max(row["max_logit_diff"] for row in found["verified"]) < 1e-5
 
 
+@pytest.mark.usefixtures("few_questions")
 @pytest.mark.parametrize("task", ["streameval", "access"])
 def test_questions_are_asked_one_by_one_when_one_task_is_named(home: Path, task: str) -> None:
     found = compare(asked(home, "sink", policies=("streaming",), tasks=(task,)))

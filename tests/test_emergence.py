@@ -201,7 +201,10 @@ def test_each_row_is_what_the_checkpoint_of_its_step_gives(whole: Path, shards: 
     assert measured(whole, "stream/loss_0+16")[0] > 5.5 > measured(whole, "stream/loss_0+16")[12]
 
 
-@pytest.mark.parametrize("when", ["in the step after 7", "in the measurement at 4"])
+@pytest.mark.parametrize(
+    "when",
+    [pytest.param("in the step after 7", marks=pytest.mark.slow), "in the measurement at 4"],
+)
 def test_a_run_cut_off_measures_the_same_bit_for_bit(
     when: str, whole: Path, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

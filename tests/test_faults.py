@@ -110,7 +110,11 @@ def fail() -> None:
 
 @pytest.mark.parametrize(
     ("happens", "code", "last"),
-    [(lambda: None, 0, 12), (lambda: signal.raise_signal(signal.SIGTERM), 143, 6), (fail, 1, 4)],
+    [
+        pytest.param(lambda: None, 0, 12, marks=pytest.mark.slow),
+        (lambda: signal.raise_signal(signal.SIGTERM), 143, 6),
+        (fail, 1, 4),
+    ],
 )
 def test_a_command_ends_when_its_last_checkpoint_is_named(
     happens: Callable[[], None],

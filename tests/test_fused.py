@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import by_default, thinned
 from oracles import EveryPart, model_with_every_part, random_tokens, rotate_everything_stream, tiny_model
 from torch import nn
 
@@ -71,13 +72,13 @@ def largest_difference(
 
 
 @pytest.mark.parametrize(
-    ("num_fed", "rows"), [(0, 1), (1, 1), (40, 2), pytest.param(300, 2, marks=pytest.mark.slow), (300, 1)]
+    ("num_fed", "rows"), [(0, 1), (1, 1), (40, 2), (150, 1), *by_default([], slow=[(300, 1), (300, 2)])]
 )
 def test_kernels_equal_the_plain_step_before_and_after_the_ring_wraps(num_fed: int, rows: int) -> None:
     assert largest_difference(num_fed, rows, **TWO_SMALL_HEADS) < 2e-5
 
 
-@pytest.mark.parametrize("layout", ["0+20", "4+33", "2+1", "40+30"])
+@pytest.mark.parametrize("layout", by_default(["0+20", "40+30"], slow=["4+33", "2+1"]))
 def test_kernels_equal_the_plain_step_for_layouts_with_no_sink_and_with_many(layout: str) -> None:
     assert largest_difference(100, layout=layout, **TWO_SMALL_HEADS) < 2e-5
 
@@ -106,10 +107,9 @@ def test_kernels_equal_the_plain_step_with_spare_slots_and_rows_of_mixed_ages() 
     assert largest_difference(90, rows=3, layout="2+31", **options) < 2e-5
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize(
-    ("rows", "layout", "is_split"),
-    [(1, "0+12", True), (1, "1+40", False), (2, "4+13", True)],
+    ("kind", "rows", "layout", "is_split"),
+    thinned(sorted(KINDS), [(1, "0+12", True), (1, "1+40", False), (2, "4+13", True)]),
 )
 def test_kernels_equal_the_plain_step_for_every_sink_kind(
     kind: str, rows: int, layout: str, is_split: bool

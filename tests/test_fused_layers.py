@@ -18,7 +18,7 @@ from sinktrain.model.fused_mlp import gelu_mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [
-    pytest.param(4, 32, 8, id="14m"),
+    pytest.param(4, 32, 8, id="14m", marks=pytest.mark.slow),
     pytest.param(12, 64, 16, id="160m", marks=pytest.mark.slow),
     pytest.param(3, 40, 40, id="all-rotated"),
     pytest.param(5, 24, 6, id="odd"),
@@ -73,7 +73,11 @@ def null_slots() -> list[object]:
     slots = {name: sink.to(DEVICE).null_slot() for name, sink in own.items()}
     parts = drawn(heads, head_dim), drawn(heads, seed=1), drawn(heads, head_dim, seed=2)
     slots["all parts"] = NullSlot(*(part.requires_grad_() for part in parts))
-    return [pytest.param(slot, id=name) for name, slot in slots.items() if slot is not None]
+    return [
+        pytest.param(slot, id=name, marks=() if name in ("all parts", "kv_bias") else pytest.mark.slow)
+        for name, slot in slots.items()
+        if slot is not None
+    ]
 
 
 @pytest.mark.parametrize("slot", null_slots())

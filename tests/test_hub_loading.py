@@ -203,6 +203,7 @@ def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_a_fresh_process_streams_by_name(
     lab: HubServer, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

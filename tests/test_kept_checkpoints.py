@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from grids import by_default
 from test_fit import assert_bitwise_equal, assert_same_state, checkpoint, measured
 from tiny_shards import tiny_run
 
@@ -76,7 +77,7 @@ def test_step_0_is_the_model_before_training(log_spaced: Path) -> None:
     assert_bitwise_equal(dict(model.state_dict()), dict(fresh.state_dict()))
 
 
-@pytest.mark.parametrize("step", [0, 1, 8])
+@pytest.mark.parametrize("step", by_default([1], slow=[0, 8]))
 def test_a_run_continues_from_each_of_them_bit_for_bit(
     step: int, log_spaced: Path, train: Callable[..., Path]
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from grids import by_default
 from test_fit import assert_same_state
 from torch import Tensor
 
@@ -129,7 +130,9 @@ def test_what_a_kind_starts_with_is_no_tokens_embedding(kind: str) -> None:
     assert not {value for part in drawn for value in part if value} & set(embedding)
 
 
-@all_kinds
+@pytest.mark.parametrize(
+    "kind", by_default(["token", "kv_bias"], slow=sorted(KINDS.keys() - {"token", "kv_bias"}))
+)
 def test_a_run_of_any_kind_learns_and_continues_bit_for_bit(kind: str, train: Callable[..., Path]) -> None:
     options = [*CONSTANT, "--model.sink.kind", kind]
     whole = train("whole", *options, "--trainer.max_steps", "8")

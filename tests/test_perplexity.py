@@ -68,7 +68,13 @@ def test_streaming_rows_equal_decoding_token_by_token(which: dict[str, Any]) -> 
         np.testing.assert_allclose(row.losses[:, 1:], expected, rtol=0, atol=1e-10)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(which, marks=() if name in ("none", "two tokens") else pytest.mark.slow, id=name)
+        for name, which in MODELS.items()
+    ],
+)
 def test_streaming_rows_equal_the_authors_algorithm(which: dict[str, Any]) -> None:
     model = tiny_model(**which)
     for row in measured(model, settings_for(("streaming",), LAYOUTS, 0)):

@@ -490,6 +490,7 @@ print(step)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_and_continued_equals_uninterrupted(tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text(book(3, paragraphs=9))

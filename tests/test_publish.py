@@ -379,10 +379,10 @@ def test_token_and_places_of_this_machine_are_nowhere(
 
 def test_an_error_that_tells_the_token_is_mended(hub: HubServer) -> None:
     with (
-        pytest.raises(Exception, match="broke off: Bearer … is odd") as caught,
+        pytest.raises(Exception, match="broke off: Bearer … is odd: http://store/a; run") as caught,
         Hub(hub.url, hub.token)._told("x"),
     ):
-        raise ValueError(f"Bearer {hub.token} is odd")
+        raise ValueError(f"Bearer {hub.token} is odd: http://store/a?signature=1")
     assert hub.token not in str(caught.value)
     assert hub.token not in repr(Hub(hub.url, hub.token))
 
@@ -580,6 +580,14 @@ def test_another_model_is_replaced_with_all_that_was_there_when_asked(
     other_model(hub, "lab/x", {"config.json": b"{}", "a/model.gguf": b"\0", "NOTES.md": b"theirs"})
     assert publish(home / "vanilla", "--repo-id", "lab/x", "--replace").code == 0
     assert set(hub.repos["lab/x"].branches["main"]) == FILES | {ATTRIBUTES}
+
+
+def test_what_the_hub_holds_writes_no_codes_to_the_terminal(
+    hub: HubServer, publish: Publish, home: Path
+) -> None:
+    theirs = json.dumps({CHECKPOINT_KEY: {"run_id": "x", "arm": "\x1b]0;mine\x07"}}).encode()
+    other_model(hub, "lab/x", {"config.json": theirs})
+    assert "(its arm is ?]0;mine?, not vanilla)" in refused(publish(home / "vanilla", "--repo-id", "lab/x"))
 
 
 def test_the_other_arm_is_another_model(hub: HubServer, publish: Publish, home: Path) -> None:
@@ -828,7 +836,9 @@ def test_a_file_that_the_repository_ignores_is_told(
 
     edit_answers(hub, monkeypatch, "POST .*/preupload/main", ignore_configs)
     line = refused(publish(home / "vanilla", "--repo-id", "lab/x"))
-    assert line == "lab/x left out config.json, as its .gitignore asks; remove that file, and try again"
+    remedy = "remove that file, and try again"
+    assert line == f"lab/x would leave out config.json, as its .gitignore asks; {remedy}"
+    assert set(hub.repos["lab/x"].branches["main"]) == {".gitattributes"}  # which has not moved
 
 
 def test_a_hub_without_xet_is_told(

@@ -306,7 +306,7 @@ def test_check_shows_what_failed_and_runs_the_rest(checkout: Checkout) -> None:
 def test_test_passes_its_options_to_pytest(checkout: Checkout) -> None:
     done = checkout.run("test", "-k", "resume or stream")
     assert done.returncode == 0, done.stderr
-    assert checkout.asked()[-1] == "-m pytest -n 2 --dist loadgroup -k resume or stream"
+    assert checkout.asked()[-1] == "-m pytest -n 2 --dist loadfile -k resume or stream"
 
 
 def requirements() -> Iterator[Requirement]:

@@ -90,7 +90,7 @@ def decoded_stream(
 def test_answers_are_right_where_greedy_decoding_token_by_token_gives_them(which: dict[str, Any]) -> None:
     model = tiny_model(**which)
     model.embed_out.weight[90:92] *= 10  # a sink would often be the most probable token, were that allowed
-    for layout in (Layout(0, 8), Layout(2, 6), Layout(4, 4)):
+    for layout in (Layout(0, 8), Layout(4, 4)):
         made = [decoded_stream(model, layout, np.random.default_rng((0, number))) for number in range(2)]
         expected = [right for _, _, is_right in made for right in is_right]
         spans = [(stream, *answer) for stream, (_, answers, _) in enumerate(made) for answer in answers]

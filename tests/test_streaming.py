@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from grids import thinned
 from oracles import (
     dense_forward,
     gathered_stream,
@@ -55,18 +56,8 @@ def test_the_fast_oracle_equals_the_authors_algorithm_as_they_wrote_it(sinks, wi
     torch.testing.assert_close(some, expected[:, [0, sinks + window, -1]], **EXACT)
 
 
-@pytest.mark.parametrize("window", [1, 3, 32])
 @pytest.mark.parametrize(
-    ("sinks", "rotary_pct"),
-    [
-        *((sinks, 0.25) for sinks in (0, 1, 2, 4)),
-        *((4, rotary_pct) for rotary_pct in (0.0, 1.0)),
-        *(
-            pytest.param(sinks, rotary_pct, marks=pytest.mark.slow)
-            for sinks in (0, 1, 2)
-            for rotary_pct in (0.0, 1.0)
-        ),
-    ],
+    ("sinks", "rotary_pct", "window"), thinned([0, 1, 2, 4], [0.25, 0.0, 1.0], [1, 3, 32], times=2)
 )
 def test_blocks_of_any_size_equal_the_oracle_through_three_wraps(sinks, window, rotary_pct):
     model, tokens, expected = case(sinks, window, rotary_pct)
@@ -103,9 +94,9 @@ def test_streams_of_sink_models_equal_the_oracle_under_every_layout(sinks, sink_
 
 
 @pytest.mark.parametrize(
-    ("sinks", "window", "rotary_pct"), [(0, 1, 1.0), (0, 9, 0.25), (1, 3, 1.0), (4, 9, 0.25)]
+    ("kind", "sinks", "window", "rotary_pct"),
+    thinned(sorted(KINDS), [(0, 1, 1.0), (4, 9, 0.25), (1, 3, 1.0), (0, 9, 0.25)], times=2),
 )
-@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_kind_streams_in_blocks_as_the_oracle_has_it(kind, sinks, window, rotary_pct):
     """Also folded, with windows of 9; and the oracle is the authors' algorithm as they wrote it."""
     model, tokens, expected = case(sinks, window, rotary_pct, kind=kind)

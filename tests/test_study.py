@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,18 +22,19 @@ from tiny_shards import TINY
 
 from sinktrain.cli import main
 from sinktrain.data.shards import read_manifest
-from sinktrain.experiments.study import (
+from sinktrain.errors import ConfigError
+from sinktrain.experiments.study import chosen_runs, run_study, write_files
+from sinktrain.experiments.study_board import StudyBoard
+from sinktrain.experiments.study_commands import (
     Options,
-    chosen_runs,
     compare_arguments,
     fit_arguments,
-    is_done,
     prepare_arguments,
-    run_study,
+    publish_arguments,
 )
-from sinktrain.experiments.study_board import StudyBoard
 from sinktrain.experiments.study_file import digest, merged, read_study, shipped_studies
-from sinktrain.experiments.study_pool import Board, Job, StudyStopped, train_all
+from sinktrain.experiments.study_pool import Board, Job, StudyStopped, call, train_all
+from sinktrain.experiments.study_training import begin, devices_of, is_done
 
 ARMS = {"vanilla": {}, "sink": {"config": "sink"}}
 RESULTS = "compare/results.json"
@@ -109,6 +112,9 @@ MISTAKES = {
     "base: []": "base is []; name a config, or a list of them",
     "seeds: [1, 1]": "seeds is [1, 1]; use a list of different numbers",
     "seeds: [one]": "seeds is ['one']; use a list of different numbers",
+    "seeds: [0]": "seeds is [0]; use a list of different numbers from 1 on",
+    "arms: {compare: {}}": "arms.compare: the study's folder has its own compare; choose another name",
+    "text: [a.txt, b.txt]": "text is ['a.txt', 'b.txt']; name one file or folder",
     "seed: [1]": 'no "seed"; did you mean "seeds"?; there are about, text',
     "compare: {layout: 64}": 'no "compare.layout"; did you mean "layouts"?',
     "shards: there": "names both text, which is prepared, and shards, which are there; leave one out",
@@ -172,8 +178,9 @@ def test_commands_are_those_that_a_user_would_type(write: Callable[..., Path], t
         *("--config", f"{options.out}/configs/sink.yaml", "--run", f"{options.out}/sink-1"),
         *("--data.path", str(shards), "--seed_everything", "1", "--trainer.accelerator", "cpu"),
     ]
-    several = fit_arguments(study, sink, shards, options, num_gpus=4)
-    assert " ".join(several).count("--config ddp --trainer.devices 4") == 1
+    several = " ".join(fit_arguments(study, sink, shards, options, num_gpus=4))
+    assert several.startswith(f"--config ddp --config {study.base[0]} ")  # whose own strategy stands over it
+    assert several.count("--trainer.devices 4") == 1
     assert compare_arguments(study, study.runs, shards, options) == [
         *(f"{options.out}/{name}" for name in ("vanilla-1", "vanilla-2", "sink-1", "sink-2")),
         *("--text", str(shards), "--text", "more.txt", "--out", f"{options.out}/compare"),
@@ -205,12 +212,12 @@ def test_a_job_that_fails_stops_no_other_and_each_has_its_device(tmp_path: Path)
         job(tmp_path, "bad", "print('why'); exit(3)"),
         *(job(tmp_path, f"good-{i}", tell) for i in range(3)),
     ]
-    ended: list[str] = []
-    train_all(jobs, ["0,1", "2,3"], Silent(), lambda one: ended.append(one.name))
+    begun: list[str] = []
+    train_all(jobs, ["0,1", "2,3"], Silent(), lambda one: begun.append(one.name))
     assert [one.state for one in jobs] == ["failed", "finished", "finished", "finished"]
     assert (jobs[0].last_line, jobs[0].exit_code) == ("why", 3)
     assert {one.last_line for one in jobs[1:]} <= {"0,1", "2,3"}
-    assert sorted(ended) == sorted(one.name for one in jobs)
+    assert begun == [one.name for one in jobs]
 
 
 def test_a_job_waits_for_the_process_that_trains_in_its_folder(tmp_path: Path) -> None:
@@ -292,9 +299,81 @@ def test_the_board_tells_what_runs_what_ended_and_the_time_left(
     ]
 
 
+def test_a_failed_run_is_not_done_and_a_line_is_never_wider_than_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    bad = job(tmp_path, "bad", "")
+    bad.log.parent.mkdir()
+    bad.log.write_text("\x1b[2J" + 100 * "long ")
+    bad.state, bad.exit_code = "failed", 2
+    StudyBoard("tiny", num_devices=1, num_done=0).show([bad])
+    first, last, _ = capsys.readouterr().err.split("\n")
+    assert len(first.removeprefix("\x1b[K")) == 59
+    assert "\x1b" not in first.removeprefix("\x1b[K")
+    assert last.endswith("tiny: 0 of 1 runs done")
+
+
+def test_a_signal_ends_a_command_of_the_study_too(tmp_path: Path) -> None:
+    code = f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n{ENDLESS}"
+    watch = threading.Thread(target=signal_when_there, args=[tmp_path / "pid"])
+    watch.start()
+    with pytest.raises(StudyStopped, match="SIGTERM"):
+        call([sys.executable, "-c", code])
+    watch.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert call([sys.executable, "-c", "exit(3)"]) == 3
+
+
+def signal_when_there(path: Path) -> None:
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_gpus_are_those_that_are_ours_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices_of(Options(Path(), gpus_per_run=2)) == (["0,1", "2,3"], 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-6,7")
+    assert devices_of(Options(Path())) == (["4", "5", "GPU-6", "7"], 1)
+    assert devices_of(Options(Path(), gpus_per_run=3)) == (["4,5,GPU-6"], 3)
+    assert devices_of(Options(Path(), gpus_per_run=0)) == ([None], 4)
+    with pytest.raises(ConfigError, match="--gpus-per-run 5: of GPUs there are 4 here; use all, or fewer"):
+        devices_of(Options(Path(), gpus_per_run=5))
+
+
 # -- the whole ------------------------------------------------------------------------------------
 
 
+def test_a_finished_run_is_left_alone_and_left_out_by_another_recipe(
+    write: Callable[..., Path],
+    shards: Path,
+    train: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    said = {"text": None, "shards": str(shards), "arms": {"vanilla": {}}, "seeds": [1]}
+    study, options = read_study(str(write(**said))), Options(tmp_path / "out", ("train",), accelerator="cpu")
+    [run], data = study.runs, read_manifest(shards).fingerprint
+    begin(run.name, digest(study.recipe(run), data), options)
+    train(f"out/{run.name}")
+    written = (options.out / "vanilla" / "manifest.json").stat().st_mtime_ns
+    run_study(study, options)
+    assert (options.out / "vanilla" / "manifest.json").stat().st_mtime_ns == written
+    [told] = json.loads((options.out / "study.json").read_text())["runs"]
+    assert (told["run"], told["global_step"]) == ("vanilla", 12)
+    longer = read_study(str(write(**said, settings={"trainer": {"max_steps": 13}})))
+    assert not is_done(longer.runs[0], digest(longer.recipe(longer.runs[0]), data), options)
+    run_study(longer, replace(options, stages=("compare",)))
+    assert "vanilla: trained with another recipe; left out" in capfd.readouterr().err
+    assert json.loads((options.out / "study.json").read_text())["runs"] == []
+
+
+@pytest.mark.slow  # a process that imports lightning
 def test_a_run_is_trained_once_and_again_only_by_another_recipe(
     write: Callable[..., Path], shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,6 +401,35 @@ def test_a_run_is_trained_once_and_again_only_by_another_recipe(
     [old], [new] = study.runs, longer.runs
     assert is_done(old, digest(study.recipe(old), data), moved)
     assert not is_done(new, digest(longer.recipe(new), data), moved)
+    run_study(longer, replace(moved, stages=("compare",)))
+    assert "vanilla: trained with another recipe; left out" in capfd.readouterr().err
+    assert json.loads((moved.out / "study.json").read_text())["runs"] == []
+
+
+@pytest.mark.slow
+def test_a_finished_run_whose_recipe_changed_is_trained_anew_and_kept(
+    write: Callable[..., Path], shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = Options(tmp_path / "out", stages=("train",), accelerator="cpu")
+    for rate in (0.001, 0.002):  # which fit alone would not mind: it would say that the run has finished
+        settings = {"model": {"learning_rate": rate}}
+        said = write(text=None, shards=str(shards), arms={"vanilla": {}}, seeds=[1], settings=settings)
+        run_study(read_study(str(said)), options)
+    [kept] = (options.out / "former").iterdir()
+    assert "vanilla: was trained with another recipe, now in " in capfd.readouterr().err
+    log = (options.out / "logs" / "vanilla.log").read_text()
+    assert log.count("from the start") == log.count("finished at step 12") == 2
+    runs = kept, options.out / "vanilla"
+    losses = {json.loads((run / "manifest.json").read_text())["val_loss_nats"] for run in runs}
+    assert len(losses) == 2
+
+
+def test_a_run_of_another_recipe_makes_room_and_none_is_lost(tmp_path: Path) -> None:
+    for recipe in ("a", "a", "b", "a", "b"):
+        begin("run", recipe, Options(tmp_path))
+        (tmp_path / "run").mkdir(exist_ok=True)
+    kept = sorted(path.name for path in (tmp_path / "former").iterdir())
+    assert kept == ["run-a", "run-a-again", "run-b"]
 
 
 def test_a_dry_run_counts_and_makes_nothing(
@@ -336,6 +444,31 @@ def test_a_dry_run_counts_and_makes_nothing(
     assert main(["study", path, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "4 of 4 runs to train: 0.0M tokens" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
+    nothing = str(write(base=["sink"]))
+    assert main(["study", nothing, "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert "vanilla-1: its configs need a model.network and a trainer.max_steps" in capsys.readouterr().err
+
+
+def test_a_study_file_in_its_own_folder_keeps_its_comments(write: Callable[..., Path]) -> None:
+    path = write()
+    path.write_text(f"# mine\n{path.read_text()}")
+    write_files(replace(read_study(str(path)), name="other"), Options(path.parent))
+    assert path.read_text().startswith("# mine\n")
+    write_files(read_study(str(write(seeds=[3]))), Options(path.parent / "out"))
+    assert read_study(str(path.parent / "out" / "study.yaml")).seeds == (3,)
+
+
+def test_what_is_published_without_a_comparison_names_none(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    study = read_study(str(write(publish={"repo_id": "lab/x", "private": True})))
+    options = Options(tmp_path / "out")
+    runs = [f"{options.out}/{run.name}" for run in study.runs]
+    asked = ["--repo-id", "lab/x", "--private"]
+    assert publish_arguments(study, study.runs, options) == [*runs, *asked]
+    (options.out / "compare").mkdir(parents=True)
+    results = ["--results", f"{options.out}/compare"]
+    assert publish_arguments(study, study.runs, options) == [*runs, *results, *asked]
 
 
 SBATCH = """#!/bin/bash
@@ -379,6 +512,43 @@ def test_on_slurm_each_run_is_a_task_and_a_job_behind_them_compares(
         check=True,
     )
     assert told.stdout.endswith("--stages train --only sink --seeds 2\n")
+
+
+def test_slurm_gets_what_was_asked_and_no_name_is_a_command(
+    write: Callable[..., Path],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    path = write(text=None).rename(tmp_path / "a'b\ntouch oops #.yaml")
+    out = tmp_path / "o u't"
+    typed = ["study", str(path), "--out", str(out), "--text", str(shards), "--launcher", "slurm"]
+    assert main([*typed, "--gpus-per-run", "all"]) == 2
+    assert "--gpus-per-run all: SLURM asks how many" in capsys.readouterr().err
+    assert main([*typed, "--gpus-per-run", "2", "--stages", "train", "--only", "sink"]) == 0
+    assert len((tmp_path / "log").read_text().splitlines()) == 1, "no job compares, as none was asked to"
+    script = (out / "slurm.sh").read_text()
+    assert "\n#SBATCH --gpus-per-node=2\n" in script
+    assert "\n#SBATCH --signal=B:SIGTERM@120\n" in script, "the study is the batch shell, and no step of it"
+    assert "\ntouch oops" not in script.split("exec ")[0]
+    output = next(line for line in script.splitlines() if "--output" in line)
+    assert shlex.split(output.removeprefix("#SBATCH")) == [f"--output={out}/logs/slurm-%a.log"]
+    dry = script.replace("exec ", "printf '%s\\0' ")
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
+    told = subprocess.run(["bash", "-c", dry], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.split("\0")[3:-1] == [
+        *("study", str(path), "--out", str(out), "--text", str(shards), "--gpus-per-run", "2"),
+        *("--stages", "train", "--only", "sink", "--seeds", "2"),
+    ]
+    assert main([*typed, "--device", "cpu"]) == 0
+    assert "gpus-per-node" not in (out / "slurm.sh").read_text() + (tmp_path / "log").read_text()
 
 
 @pytest.fixture

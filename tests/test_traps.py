@@ -226,6 +226,7 @@ def test_another_exit_keeps_its_code(shards: Path, tmp_path: Path, monkeypatch: 
 # -- a real kill ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again_equal_an_uninterrupted_run(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sinktrain.errors import ConfigError, SinktrainError, did_you_mean
+from sinktrain.report.wording import printable
 
 USER_MISTAKE, INTERRUPTED = 2, 130
 
@@ -110,5 +111,6 @@ def _dispatch(command: str, arguments: list[str]) -> int:
 
 
 def _mistake(command: str, message: str) -> int:
-    print(f"{f'sinktrain {command}'.rstrip()}: {' '.join(message.split())}", file=sys.stderr)
+    line = printable(" ".join(message.split()))  # names and words of the Hub may be in it
+    print(f"{f'sinktrain {command}'.rstrip()}: {line}", file=sys.stderr)
     return USER_MISTAKE

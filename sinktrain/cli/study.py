@@ -13,12 +13,13 @@ from sinktrain.cli.printing import print_json
 from sinktrain.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from sinktrain.experiments.study import Options
+    from sinktrain.experiments.study_commands import Options
     from sinktrain.experiments.study_file import Study
 
 ABOUT = """\
 Train every arm of a study under every seed, then compare them. What is finished is not trained again,
-what was cut off continues, and a run that fails stops no other. With several GPUs, a run each.
+what was cut off continues, and a run that fails stops no other. With several GPUs, a run each. A run whose
+recipe has changed is trained anew, and its former self moved to former/.
 
 STUDY is a file, or the name of a shipped study:
 {shipped}
@@ -42,7 +43,8 @@ def study(arguments: list[str]) -> int:
     from sinktrain.experiments.study_file import read_study
 
     options = _parser().parse_args(arguments)
-    from sinktrain.experiments.study import STAGES, Options, chosen_runs, run_study
+    from sinktrain.experiments.study import chosen_runs, run_study
+    from sinktrain.experiments.study_commands import STAGES, Options
 
     found = read_study(options.study)
     chosen = Options(
@@ -134,11 +136,22 @@ def _gpus(typed: str) -> int:
 
 def _submit(found: Study, chosen: Options, options: argparse.Namespace) -> None:
     """Prepare here, since all tasks read the shards; the rest in jobs."""
-    from sinktrain.experiments.study import SINKTRAIN, chosen_runs, run_study
+    from sinktrain.experiments.study import chosen_runs, missing_runs, run_study
+    from sinktrain.experiments.study_commands import SINKTRAIN
     from sinktrain.experiments.study_slurm import submit
 
-    run_study(found, replace(chosen, stages=("prepare",)))
+    if not chosen.gpus_per_run:
+        raise ConfigError("--gpus-per-run all: SLURM asks how many; write it like --gpus-per-run 8")
+    run_study(found, replace(chosen, stages=tuple(stage for stage in chosen.stages if stage == "prepare")))
     command = [*SINKTRAIN, "study", options.study, "--out", str(chosen.out)]
-    command += ["--device", options.device] if options.device else []
-    jobs = submit(found.name, command, chosen_runs(found, chosen), chosen.out)
+    for option, typed in (
+        ("--text", options.text),
+        ("--device", options.device),
+        ("--gpus-per-run", options.gpus_per_run),
+    ):
+        command += [option, typed] if typed else []
+    runs = missing_runs(found, chosen_runs(found, chosen), chosen) if "train" in chosen.stages else []
+    rest = [stage for stage in chosen.stages if stage in ("compare", "publish")]
+    num_gpus = 0 if chosen.accelerator == "cpu" else chosen.gpus_per_run
+    jobs = submit(found.name, command, runs, rest, num_gpus, chosen.out)
     print(f"submitted as jobs {' and '.join(jobs)}; watch {chosen.out / 'logs'}")

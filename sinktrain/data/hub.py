@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sinktrain.errors import SinktrainError, first_line
 
-_REVISION = re.compile(r"(?!.*\.\.)\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)  # less than git allows
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,6 +42,11 @@ def snapshot(
             return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except Exception as error:  # errors of its HTTP library, another one in each release, come through
         raise refusal(f"{repo_id} {_problem(error, revision)}") from error
+
+
+def may_be_revision(name: str) -> bool:
+    """Whether this could name a branch, tag or commit: no option, no path out of a folder, no query."""
+    return _REVISION.fullmatch(name) is not None
 
 
 @contextmanager
@@ -74,11 +79,16 @@ def _checked(source: str, revision: str | None, refusal: type[SinktrainError]) -
             f"{repo_id} is neither here nor a name on the Hub; use letters, digits, -, _ and ., at most 96, "
             "no -- or .. and none of -, . at an end"
         ) from None
-    if revision is not None and not _REVISION.fullmatch(revision):
+    if revision is not None and not may_be_revision(revision):
         raise refusal(
             f"{repo_id}: {revision!r} is no revision; name a branch, tag or commit, such as step1000"
         )
     return repo_id, revision
+
+
+def unsigned_line(error: BaseException) -> str:
+    """What an error says, less the queries of addresses: those of large files are signed by them."""
+    return re.sub(r"\?[^\s']*", "", first_line(error))
 
 
 def _problem(error: Exception, revision: str | None) -> str:
@@ -99,7 +109,7 @@ def _problem(error: Exception, revision: str | None) -> str:
         return "is neither here nor on the Hub; mend the name, or log in if it is private: hf auth login"
     if isinstance(plainer, RevisionNotFoundError):
         return f"has no revision {revision} on the Hub; use one of its branches, tags or commits"
-    reason = re.sub(r"\?[^\s']*", "", first_line(plainer))  # addresses of large files are signed there
+    reason = unsigned_line(plainer)
     if isinstance(plainer, OfflineModeIsEnabled):
         return (
             "is not here, not all of it is in the Hub's cache, and offline mode is on; unset HF_HUB_OFFLINE"

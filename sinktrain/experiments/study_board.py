@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from statistics import mean
 
 from sinktrain.experiments.study_pool import Board, Job
 from sinktrain.progress import LOG_INTERVAL_S
+from sinktrain.report.wording import printable
 from sinktrain.training.metrics_table import MetricsTable
 
 REDRAW_S = 1.0
@@ -50,7 +52,9 @@ class StudyBoard(Board):
 
     def _draw(self, lines: list[str]) -> None:
         up = f"\x1b[{self._num_lines}F" if self._num_lines else ""
-        print(up + "\n".join(f"\x1b[K{line}" for line in lines), file=sys.stderr, flush=True)
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to go up
+        shown = [printable(line)[:width] for line in lines]
+        print(up + "\n".join(f"\x1b[K{line}" for line in shown), file=sys.stderr, flush=True)
         self._num_lines = len(lines)
 
     def _line(self, job: Job) -> str:
@@ -62,7 +66,7 @@ class StudyBoard(Board):
         return f"{job.state}{spent}"
 
     def _sum(self, jobs: Sequence[Job]) -> str:
-        ended = sum(job.exit_code is not None for job in jobs)
+        ended = sum(job.state == "finished" for job in jobs)
         left = self._left_s(jobs)
         eta = "" if left is None else f", {_time(left)} left"
         return f"{self.name}: {self.num_done + ended} of {self.num_done + len(jobs)} runs done{eta}"

@@ -17,6 +17,9 @@ from sinktrain.training.configs import config_folder, find_config
 
 Settings = dict[str, Any]
 
+FOLDER = ("compare", "configs", "former", "logs", "shards", "slurm.sh", "state", "study.json", "study.yaml")
+"""What else lies where runs' folders do, so that no arm can be called so."""
+
 KEYS = ("about", "text", "shards", "prepare", "base", "settings", "arms", "seeds", "compare", "publish")
 PREPARE = (
     *("vocab_size", "tokenizer", "val_fraction", "streameval_share", "max_tokens", "workers"),
@@ -148,6 +151,9 @@ def _parsed(name: str, said: Settings) -> Study:
         _check_keys(f"{part}.", _mapping(part, said.get(part)), known)
     if "text" in said and "shards" in said:
         raise ConfigError("names both text, which is prepared, and shards, which are there; leave one out")
+    for key in ("text", "shards"):
+        if not isinstance(said.get(key), str | None):
+            raise ConfigError(f"{key} is {said[key]!r}; name one file or folder")
     if said.get("publish") and "repo_id" not in said["publish"]:
         raise ConfigError("publish needs a repo_id: ORG/NAME")
     arms = [_arm(*one) for one in _mapping("arms", said.get("arms")).items()]
@@ -168,6 +174,8 @@ def _parsed(name: str, said: Settings) -> Study:
 def _arm(name: object, said: object) -> Arm:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", str(name)):
         raise ConfigError(f"arms.{name}: use small letters, digits, - and _, as in folders")
+    if name in FOLDER:
+        raise ConfigError(f"arms.{name}: the study's folder has its own {name}; choose another name")
     settings = _mapping(f"arms.{name}", said)
     configs = settings.pop("config", None)
     return Arm(str(name), _names(f"arms.{name}.config", configs, may_be_empty=True), settings)
@@ -185,8 +193,12 @@ def _names(key: str, said: object, may_be_empty: bool = False) -> tuple[str, ...
 
 def _seeds(said: object) -> tuple[int, ...]:
     seeds = said if isinstance(said, list) else [said]
-    if not seeds or len(set(map(str, seeds))) < len(seeds) or any(type(seed) is not int for seed in seeds):
-        raise ConfigError(f"seeds is {said!r}; use a list of different numbers, such as [1, 2, 3]")
+    if (
+        not seeds
+        or len(set(map(str, seeds))) < len(seeds)
+        or any(type(seed) is not int or seed < 1 for seed in seeds)
+    ):
+        raise ConfigError(f"seeds is {said!r}; use a list of different numbers from 1 on, such as [1, 2, 3]")
     return tuple(seeds)
 
 

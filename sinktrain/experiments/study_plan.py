@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from sinktrain.data.shards import read_manifest
-from sinktrain.errors import DataError
-from sinktrain.experiments.study import Options, is_done, shards_of
+from sinktrain.errors import ConfigError, DataError, first_line
+from sinktrain.experiments.study_commands import Options, shards_of
 from sinktrain.experiments.study_file import Settings, Study, StudyRun, digest
+from sinktrain.experiments.study_training import is_done
 from sinktrain.model.checkpoints import empty_model
 from sinktrain.model.config import ModelConfig, NetworkConfig
 from sinktrain.training.dry_run import hours, millions, on_disk
@@ -42,17 +43,28 @@ class Planned:
 
 
 def plan_study(study: Study, runs: Sequence[StudyRun], options: Options) -> list[Planned]:
-    """Each run as it would be; nothing is read but configs, and nothing is written."""
+    """Each run as it would be; nothing is read but configs, and nothing is written.
+
+    Raises:
+        ConfigError: a run's configs leave out what it is.
+    """
     return [_planned(study, run, options) for run in runs]
 
 
 def _planned(study: Study, run: StudyRun, options: Options) -> Planned:
     recipe = study.recipe(run)
     data, rows = _data(study, options)
-    network = NetworkConfig(**{"vocab_size": rows} | recipe["model"]["network"])
+    try:
+        network = NetworkConfig(**{"vocab_size": rows} | recipe["model"]["network"])
+        max_steps = int(recipe["trainer"]["max_steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{run.name}: its configs need a model.network and a trainer.max_steps ({first_line(error)}); "
+            "name a base such as small"
+        ) from error
     model = empty_model(ModelConfig(network))
     seq_len = _data_setting(recipe, "seq_len", 2048)
-    tokens = int(recipe["trainer"]["max_steps"]) * _data_setting(recipe, "global_batch", 1024) * seq_len
+    tokens = max_steps * _data_setting(recipe, "global_batch", 1024) * seq_len
     flops = tokens * flops_per_token(network, model.config.vocab_size, seq_len, is_causal=True)
     peak = peak_flops(torch.device("cuda")) if _is_on_gpu(recipe, options) else None
     mfu = ASSUMED_MFU["small" if num_parameters(model) < SMALL else "large"]

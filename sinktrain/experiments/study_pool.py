@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from sinktrain.training.run import LOCK
 
@@ -73,48 +73,76 @@ class Board:
 
 
 def train_all(
-    jobs: Sequence[Job], devices: Sequence[str | None], board: Board, ended: Callable[[Job], None]
+    jobs: Sequence[Job], devices: Sequence[str | None], board: Board, begin: Callable[[Job], None]
 ) -> None:
     """Start each job as soon as a device is free, and wait for all.
 
     Args:
         devices: values of ``CUDA_VISIBLE_DEVICES``, one for each job at a time; None leaves it as it is.
-        ended: is told of each job that has ended.
+        begin: is called with each job right before it starts, when nobody else is in its folder.
 
     Raises:
         StudyStopped: by a signal, when the jobs that were running have saved.
     """
     waiting, running = deque(jobs), dict[str | None, Job]()
-    with _caught_signals(running) as signums:
+    with _caught_signals() as signums:
+        num_passed = 0
         while running or (waiting and not signums):
             free = [device for device in devices if device not in running and not signums]
             for device, job in zip(free, [job for job in waiting if _is_free(job.run)], strict=False):
                 waiting.remove(job)
+                begin(job)
                 _start(job, device)
                 running[device] = job
             time.sleep(POLL_S)
+            for signum in signums[num_passed:]:
+                _pass_on(signum, running.values())
+                num_passed += 1
             for device, job in list(running.items()):
                 if _has_ended(job):
                     del running[device]
-                    ended(job)
             board.show(jobs)
     if signums:
         raise StudyStopped(signums[0])
+
+
+def call(command: list[str]) -> int:
+    """Run a command whose output is ours.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        StudyStopped: by a signal, when the command, which was passed it, has ended.
+    """
+    with _caught_signals() as signums:
+        process, num_passed = _spawn(command), 0
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(POLL_S)
+                break
+            for signum in signums[num_passed:]:
+                process.send_signal(signum)
+                num_passed += 1
+    if signums:
+        raise StudyStopped(signums[0])
+    return code
+
+
+def _spawn(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        start_new_session=True,  # Ctrl-C comes once, from us
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        **options,
+    )
 
 
 def _start(job: Job, device: str | None) -> None:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
     with job.log.open("ab") as log:
-        job.process = subprocess.Popen(
-            job.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,  # Ctrl-C comes once, from us
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
+        job.process = _spawn(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
     job.state, job.started_at = "training", time.monotonic()
 
 
@@ -148,18 +176,21 @@ def _is_free(run: Path) -> bool:
     return True
 
 
+def _pass_on(signum: int, jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        if job.process is not None:
+            job.process.send_signal(signum)
+
+
 @contextlib.contextmanager
-def _caught_signals(running: dict[str | None, Job]) -> Iterator[list[int]]:
-    """Pass Ctrl-C and SIGTERM on to what is running; gives the list of those that came."""
+def _caught_signals() -> Iterator[list[int]]:
+    """Gives the list of those Ctrl-C and SIGTERM that came: they wait there to be passed on."""
     came: list[int] = []
 
-    def pass_on(signum: int, frame: FrameType | None) -> None:
+    def note(signum: int, frame: FrameType | None) -> None:
         came.append(signum)
-        for job in running.values():
-            if job.process is not None:
-                job.process.send_signal(signum)
 
-    previous = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield came
     finally:

@@ -23,6 +23,7 @@ PUBLIC_OPTIONS = (
     "--layouts",
     "--policies",
     "--tasks",
+    "--task-limit",
     "--quantize",
     "--max-tokens",
     "--streams",

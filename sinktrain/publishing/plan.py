@@ -11,7 +11,7 @@ from pathlib import Path
 from sinktrain.errors import PublishError
 from sinktrain.model.checkpoints import describe, find_tokenizer
 from sinktrain.model.hub import is_hub_id
-from sinktrain.publishing.repository import MAIN, check_ref, check_repo_id
+from sinktrain.publishing.names import MAIN, check_ref, check_repo_id
 
 LONGEST_TITLE = 60
 """Letters of a collection's title that the Hub takes."""

@@ -23,12 +23,12 @@ from sinktrain.publishing.card import CardOptions
 from sinktrain.publishing.card_compared import without_paths
 from sinktrain.publishing.card_results import COMPARISON_FOLDER
 from sinktrain.publishing.export import export
+from sinktrain.publishing.names import chosen_endpoint
 from sinktrain.publishing.plan import Publication, Target, plan
 from sinktrain.publishing.repository import (
     Hub,
     LocalFile,
     RemoteState,
-    chosen_endpoint,
     local_files,
     read_token,
 )
@@ -40,6 +40,12 @@ Say = Callable[[str], None]
 
 _FOLDERS = re.compile(r"(?<![\w.:/~])~?/[^\s\"']*/(?=[^\s\"'/])")
 """The folders of an absolute path, up to the name."""
+
+PUBLIC_ENVIRONMENT = (
+    *("sinktrain", "torch", "python", "device", "dtype", "max_tokens", "num_streams"),
+    *("started_at", "elapsed_s"),
+)
+"""What a published comparison tells of how it was measured, besides texts and a command without paths."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,8 @@ def public_results(results: Results) -> Results:
     """The same results, less where things lay on this machine."""
     public = without_paths(results)
     texts = list(dict.fromkeys(row["text"] for row in public["perplexity"]))
-    known = without_folders(results["environment"]) | public["environment"] | {"texts": texts}
+    told = {key: value for key, value in results["environment"].items() if key in PUBLIC_ENVIRONMENT}
+    known = without_folders(told) | public["environment"] | {"texts": texts}
     return public | {"environment": {key: value for key, value in known.items() if value is not None}}
 
 

@@ -17,61 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinktrain.errors import PublishError, first_line
+from sinktrain.errors import PublishError
 from sinktrain.files import sha256_file
+from sinktrain.publishing.refusals import explanation
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-MAIN = "main"
 ATTRIBUTES = ".gitattributes"
 """The Hub's own file, which says what is stored as large; it is never ours to change."""
-
-_BAD_REF = re.compile(r"[^\w./+-]|^[-./]|[./]$|\.\.|//|/\.|\.lock$|^refs/|^[0-9a-f]{40}$", re.ASCII)
-_AGAIN = "run the same command again, and it continues"
-
-
-# -- names, without a network ----------------------------------------------------------------------
-
-
-def check_repo_id(option: str, repo_id: str) -> None:
-    """Raise PublishError unless the Hub allows this ORG/NAME."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    if repo_id.count("/") != 1:
-        raise PublishError(
-            f"{option} {repo_id} is not ORG/NAME; write your user or organization, then the name"
-        )
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise PublishError(
-            f"{option} {repo_id} is no name on the Hub; use letters, digits, -, _ and ., at most 96, "
-            "no -- or .. and none of -, . at an end"
-        ) from None
-
-
-def check_ref(option: str, name: str) -> None:
-    """Raise PublishError unless git and the Hub allow this name of a branch or tag."""
-    if not name or _BAD_REF.search(name):
-        raise PublishError(
-            f'{option} "{name}" is no name of a branch or tag; use letters, digits, -, _ and ., such as v1.0'
-        )
-
-
-def chosen_endpoint(typed: str | None) -> str:
-    """The URL of ``--endpoint``, else what HF_ENDPOINT says, else the Hub's.
-
-    Raises:
-        PublishError: it is no URL.
-    """
-    from huggingface_hub import constants
-
-    endpoint = (typed or constants.ENDPOINT).rstrip("/")
-    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", endpoint):
-        raise PublishError(f"--endpoint {endpoint} is no URL; write it like https://huggingface.co")
-    return endpoint
 
 
 def read_token() -> str:
@@ -228,6 +182,12 @@ class Hub:
         with self._told(repo_id):
             additions = [CommitOperationAdd(name, file.path) for name, file in files.items()]
             self._api.preupload_lfs_files(repo_id, additions, free_memory=False)
+        ignored = [one.path_in_repo for one in additions if getattr(one, "_should_ignore", False)]
+        if ignored:  # which a commit would leave out without a word
+            raise PublishError(
+                f"{repo_id} would leave out {ignored[0]}, as its .gitignore asks; "
+                "remove that file, and try again"
+            )
         return additions
 
     def create_branch(self, repo_id: str, branch: str) -> str:
@@ -299,7 +259,7 @@ class Hub:
         except PublishError:
             raise
         except Exception as error:  # errors of its HTTP library, another one in each release, come through
-            told = _explanation(_deepest(error), subject, self.endpoint)
+            told = explanation(error, subject, self.endpoint)
             raise PublishError(told.replace(self.token, "…")) from None
         finally:
             logger.setLevel(level)
@@ -320,51 +280,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if had_bars:
             enable_progress_bars()
-
-
-# -- errors ----------------------------------------------------------------------------------------
-
-
-def _deepest(error: BaseException) -> BaseException:
-    """What the client wraps in advice of its own."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _explanation(error: BaseException, subject: str, endpoint: str) -> str:
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and publishing needs the network; unset it"
-    if isinstance(error, GatedRepoError):
-        return f"{subject} is gated; ask for access at {endpoint}/{subject}, then {_AGAIN}"
-    if isinstance(error, HfHubHTTPError):
-        return _refusal(error.response.status_code, error.server_message, subject, endpoint)
-    if "xet" in str(error).lower():
-        problem = f"{endpoint} does not take {subject} by Xet: {first_line(error)}"
-        return f"{problem}; set HF_HUB_DISABLE_XET=1, then {_AGAIN}"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; mend that, then {_AGAIN}"
-    return f"{endpoint} cannot be reached, or broke off: {first_line(error)}; {_AGAIN}"
-
-
-_REMEDIES = {
-    401: "the Hub does not know the token; log in again: hf auth login (HF_TOKEN, if set, comes first)",
-    403: "the token may not write there; use one that may, or another --repo-id",
-    404: "the Hub has it not, or hides it from this token; mend the name, or log in as who may see it",
-    409: "something of this name is there already; choose another",
-    412: f"its branch moved meanwhile; see who else publishes there, then {_AGAIN}",
-    413: "the Hub finds it too large; publish it in parts",
-    429: f"the Hub asks for a pause; wait some minutes, then {_AGAIN}",
-}
-
-
-def _refusal(status: int, says: str | None, subject: str, endpoint: str) -> str:
-    remedy = _REMEDIES.get(status)
-    if remedy is None:
-        remedy = (
-            f"{endpoint} has a problem of its own; {_AGAIN}" if status >= 500 else "mend that, and try again"
-        )
-    reason = f' "{" ".join(says.split())}"' if says else ""
-    return f"{subject}: refused ({status}){reason}; {remedy}"
