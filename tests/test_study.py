@@ -43,11 +43,12 @@ RESULTS = "compare/results.json"
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Writes a study of tiny runs, changed as asked."""
-    base = tmp_path / "tiny.yaml"
+    base, text = tmp_path / "tiny.yaml", tmp_path / "book.txt"
     base.write_text(TINY)
+    text.write_text("A book.")
 
     def study(**changes: Any) -> Path:
-        said = {"text": "book.txt", "base": [str(base)], "arms": ARMS, "seeds": [1, 2]} | changes
+        said = {"text": str(text), "base": [str(base)], "arms": ARMS, "seeds": [1, 2]} | changes
         path = tmp_path / "study.yaml"
         path.write_text(
             yaml.safe_dump({key: value for key, value in said.items() if value is not None}, sort_keys=False)
@@ -119,7 +120,8 @@ MISTAKES = {
     "compare: {layout: 64}": 'no "compare.layout"; did you mean "layouts"?',
     "shards: there": "names both text, which is prepared, and shards, which are there; leave one out",
     "publish: {private: true}": "publish needs a repo_id: ORG/NAME",
-    "[": "is no YAML file",
+    "compare: {layouts: a+b}": "compare.layouts: a+b is no layout; write sinks + window as 1+127, or N alone",
+    "[": "is no YAML file: line 1: expected the node content",
 }
 
 
@@ -171,7 +173,9 @@ def test_commands_are_those_that_a_user_would_type(write: Callable[..., Path], t
     study = read_study(str(write(prepare={"vocab_size": 300}, compare=compare)))
     options = Options(out=tmp_path / "out", accelerator="cpu")
     shards = options.out / "shards"
-    assert prepare_arguments(study, options) == ["book.txt", "--out", str(shards), "--vocab-size", "300"]
+    assert prepare_arguments(study, options) == [
+        *(str(tmp_path / "book.txt"), "--out", str(shards), "--vocab-size", "300")
+    ]
     sink = study.runs[1]
     assert fit_arguments(study, sink, shards, options, num_gpus=1) == [
         *("--config", study.base[0], "--config", "sink"),
@@ -297,6 +301,12 @@ def test_the_board_tells_what_runs_what_ended_and_the_time_left(
         "tiny: b training  step 500, loss 3.250, 0:00:30 left",
         "tiny: 2 of 4 runs done, 0:01:25 left; b step 500, loss 3.250, 0:00:30 left",
     ]
+
+
+def test_a_killed_job_is_said_to_be_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    killed = job(tmp_path, "a", "import os; os.kill(os.getpid(), 9)")
+    train_all([killed], [None], StudyBoard("tiny", num_devices=1, num_done=0), lambda _: None)
+    assert f"tiny: a failed    killed by SIGKILL ({killed.log})" in capsys.readouterr().err.splitlines()
 
 
 def test_a_failed_run_is_not_done_and_a_line_is_never_wider_than_the_terminal(
@@ -444,9 +454,29 @@ def test_a_dry_run_counts_and_makes_nothing(
     assert main(["study", path, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "4 of 4 runs to train: 0.0M tokens" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
-    nothing = str(write(base=["sink"]))
-    assert main(["study", nothing, "--out", str(tmp_path / "out"), "--dry-run"]) == 2
-    assert "vanilla-1: its configs need a model.network and a trainer.max_steps" in capsys.readouterr().err
+
+
+REFUSED = (
+    ({"base": ["sink"]}, "vanilla-1: its configs need a model.network and a trainer.max_steps"),
+    (
+        {"arms": {"a": {"trainer": {"max_step": 9}}}},
+        'arm a: unknown setting "trainer.max_step"; did you mean "trainer.max_steps"?',
+    ),
+    ({"settings": {"trainer": {"max_steps": "lots"}}}, "arm vanilla: "),
+    ({"text": "nothere.txt"}, "text nothere.txt: no such file or folder; mend it, or give --text TEXT"),
+    ({"text": None}, "the study study leaves open what to train on; give --text TEXT"),
+    ({"text": None, "shards": "nothere"}, "nothere: no prepared shards here"),
+)
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=lambda value: str(value)[:24])
+def test_a_dry_run_refuses_what_would_not_run(
+    changes: Any, message: str, write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", str(write(**changes)), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sinktrain study: {message}")
+    assert said.count("\n") == 1
 
 
 def test_a_study_file_in_its_own_folder_keeps_its_comments(write: Callable[..., Path]) -> None:

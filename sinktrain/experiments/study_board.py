@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ class StudyBoard(Board):
         if job.state == "training":
             return f"training  {_progress(job)}"
         if job.state == "failed":
-            return f"failed    {job.last_line or f'exit code {job.exit_code}'} ({job.log})"
+            return f"failed    {_reason(job)} ({job.log})"
         spent = f"  {_time(job.elapsed_s)}" if job.exit_code is not None else ""
         return f"{job.state}{spent}"
 
@@ -86,6 +87,12 @@ class StudyBoard(Board):
         ]
         waiting = sum(job.state == "waiting" for job in jobs)
         return max([*known, (sum(known) + waiting * usual) / self.num_devices], default=0.0)
+
+
+def _reason(job: Job) -> str:
+    if job.exit_code is not None and job.exit_code < 0:
+        return f"killed by {signal.Signals(-job.exit_code).name}"
+    return job.last_line or f"exit code {job.exit_code}"
 
 
 def _progress(job: Job) -> str:

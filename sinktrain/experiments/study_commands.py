@@ -10,6 +10,7 @@ from pathlib import Path
 from sinktrain.data.shards import MANIFEST_FILE
 from sinktrain.errors import ConfigError
 from sinktrain.experiments.study_file import Settings, Study, StudyRun
+from sinktrain.model.hub import is_hub_id
 from sinktrain.training.configs import config_folder
 
 STAGES = ("prepare", "train", "compare", "publish")
@@ -60,6 +61,8 @@ def text_of(study: Study, options: Options) -> str:
                 f"{text} is part of sinktrain's repository; start in a clone of it, or give --text TEXT"
             )
         return str(beside)
+    if not Path(text).exists() and not is_hub_id(text):
+        raise ConfigError(f"text {text}: no such file or folder; mend it, or give --text TEXT")
     return text
 
 

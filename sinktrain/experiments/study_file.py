@@ -114,8 +114,9 @@ def read_study(name: str) -> Study:
     if path is None:
         hint = did_you_mean(name, shipped_studies())
         raise ConfigError(f"{name}: no such file, and no shipped study of that name{hint}")
+    said = _read_yaml(path)
     try:
-        return _parsed(path.stem, _read_yaml(path))
+        return _parsed(path.stem, said)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -140,9 +141,14 @@ def merged(*settings: Mapping[str, Any]) -> Settings:
 def _read_yaml(path: Path) -> Settings:
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path} is no YAML file: {line}{error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML file: {first_line(error)}") from error
-    return _mapping("the file", said)
+    if not isinstance(said, dict):
+        raise ConfigError(f"{path} holds no names and values")
+    return said
 
 
 def _parsed(name: str, said: Settings) -> Study:
@@ -154,6 +160,11 @@ def _parsed(name: str, said: Settings) -> Study:
     for key in ("text", "shards"):
         if not isinstance(said.get(key), str | None):
             raise ConfigError(f"{key} is {said[key]!r}; name one file or folder")
+    for layout in str((said.get("compare") or {}).get("layouts", 1)).split(","):
+        if not re.fullmatch(r"\s*\d+(\+\d+)?\s*", layout):
+            raise ConfigError(
+                f"compare.layouts: {layout} is no layout; write sinks + window as 1+127, or N alone"
+            )
     if said.get("publish") and "repo_id" not in said["publish"]:
         raise ConfigError("publish needs a repo_id: ORG/NAME")
     arms = [_arm(*one) for one in _mapping("arms", said.get("arms")).items()]

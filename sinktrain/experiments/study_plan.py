@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import yaml
 
 from sinktrain.data.shards import read_manifest
 from sinktrain.errors import ConfigError, DataError, first_line
-from sinktrain.experiments.study_commands import Options, shards_of
-from sinktrain.experiments.study_file import Settings, Study, StudyRun, digest
+from sinktrain.experiments.study_commands import Options, shards_of, text_of
+from sinktrain.experiments.study_file import Arm, Settings, Study, StudyRun, digest
 from sinktrain.experiments.study_training import is_done
 from sinktrain.model.checkpoints import empty_model
 from sinktrain.model.config import ModelConfig, NetworkConfig
@@ -46,9 +51,32 @@ def plan_study(study: Study, runs: Sequence[StudyRun], options: Options) -> list
     """Each run as it would be; nothing is read but configs, and nothing is written.
 
     Raises:
-        ConfigError: a run's configs leave out what it is.
+        ConfigError, DataError: an arm has a setting that ``sinktrain fit`` refuses, or its configs leave out
+            what it is; there is no such text, or none is named.
     """
+    shards = shards_of(study, options)
+    if shards == options.out / "shards":
+        text_of(study, options)
+    else:
+        read_manifest(shards)
+    for arm in {run.arm.name: run.arm for run in runs}.values():
+        _check_settings(study, arm)
     return [_planned(study, run, options) for run in runs]
+
+
+def _check_settings(study: Study, arm: Arm) -> None:
+    """Let ``sinktrain fit`` read an arm's configs, as ``--print_config`` has it do."""
+    from sinktrain.training.settings import TrainingCLI
+
+    with TemporaryDirectory(prefix="sinktrain-") as folder:
+        overlay = Path(folder, f"{arm.name}.yaml")
+        overlay.write_text(yaml.safe_dump(study.overlay(arm)), encoding="utf-8")
+        configs = [word for name in (*study.base, *arm.configs, overlay) for word in ("--config", str(name))]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                TrainingCLI([*configs, "--print_config"])
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm.name}: {error}") from error
 
 
 def _planned(study: Study, run: StudyRun, options: Options) -> Planned:
