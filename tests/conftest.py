@@ -4,7 +4,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +44,6 @@ def _triton_is_patched_once_a_launch() -> None:
         return interpreter._LangPatchScope() if is_patched else patch_language(function)
 
     interpreter._patch_lang = patch_once
-
-
-@pytest.fixture(autouse=True)
-def _the_parser_of_fit_is_built_once() -> None:
-    """It is the same for every command line, and took an eighth of a tiny run's time."""
-    settings = sys.modules.get("sinktrain.training.settings")
-    if settings is None or hasattr(settings.TrainingCLI.setup_parser, "__wrapped__"):
-        return
-    build, built = settings.TrainingCLI.setup_parser, []
-
-    @wraps(build)
-    def setup_parser(cli: Any, *options: Any) -> None:
-        if not built:
-            build(cli, *options)
-            built.append(cli.parser)
-        (cli.parser,) = built
-
-    settings.TrainingCLI.setup_parser = setup_parser
 
 
 @pytest.fixture(scope="session")

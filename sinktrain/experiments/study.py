@@ -8,9 +8,10 @@ on where it is.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def run_study(study: Study, options: Options) -> None:
         print(f"{', '.join(others)}: {words}", file=sys.stderr, flush=True)
     _write_summary(study, done, options)
     if "compare" in options.stages and len(done) > 1:
-        _command("compare", *compare_arguments(study, done, shards, options))
+        _compare(study, done, recipe_of, options)
     elif "compare" in options.stages:
         print(f"{len(done)} run finished: nothing to compare yet", file=sys.stderr, flush=True)
     if failed:
@@ -78,6 +79,18 @@ def run_study(study: Study, options: Options) -> None:
         )
     if "publish" in options.stages and study.publish:
         _command("publish", *publish_arguments(study, done, options))
+
+
+def _compare(study: Study, done: list[StudyRun], recipe_of: Mapping[str, str], options: Options) -> None:
+    """Compare the runs; what was compared alike before is shown again, with the times measured then."""
+    results, note = options.out / "compare" / "results.json", options.out / "state" / "compare.json"
+    recipes_of_done = {run.name: recipe_of[run.name] for run in done}
+    what = {"runs": recipes_of_done, "compare": study.compare, "accelerator": options.accelerator}
+    if results.is_file() and note.is_file() and json.loads(note.read_text(encoding="utf-8")) == what:
+        _command("compare", "--from-results", str(results), "--out", str(results.parent))
+        return
+    _command("compare", *compare_arguments(study, done, shards_of(study, options), options))
+    write_json(note, what)
 
 
 # -- what is asked --------------------------------------------------------------------------------
