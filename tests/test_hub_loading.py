@@ -195,6 +195,9 @@ with torch.no_grad():
 """
 
 
+STREAM = ("-m", "sinktrain", "stream", EARLIER, "--prompt", "So it goes", "--max-tokens", "8", "--seed", "0")
+
+
 def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, which knows of the Hub by its environment alone."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -207,19 +210,7 @@ def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_a_fresh_process_streams_by_name(
     lab: HubServer, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = (
-        "-m",
-        "sinktrain",
-        "stream",
-        EARLIER,
-        "--prompt",
-        "So it goes",
-        "--max-tokens",
-        "8",
-        "--seed",
-        "0",
-    )
-    done = fresh(*command)
+    done = fresh(*STREAM)
     stream(str(models["step4"]))
     assert (done.returncode, done.stdout) == (0, capsys.readouterr().out), done.stderr
 
@@ -228,28 +219,16 @@ def test_a_fresh_process_streams_by_name(
 def test_fresh_processes_use_the_cache_and_transformers_loads_the_same(
     lab: HubServer, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    command = (
-        "-m",
-        "sinktrain",
-        "stream",
-        EARLIER,
-        "--prompt",
-        "So it goes",
-        "--max-tokens",
-        "8",
-        "--seed",
-        "0",
-    )
-    first = fresh(*command)
+    first = fresh(*STREAM)
     tokens, out = [tiny_tokenizer().sink_token_ids[0], 40, 41, 42], tmp_path / "logits.pt"
     plain = fresh("-c", FRESH, REPO, "step4", ",".join(map(str, tokens)), str(out))
     assert plain.returncode == 0, plain.stderr
     with torch.no_grad():
         ours = load_model(models["step4"])(torch.tensor([tokens]))
     torch.testing.assert_close(torch.load(out), ours, rtol=1e-5, atol=1e-4)
-    offline = fresh(*command, HF_HUB_OFFLINE="1")
+    offline = fresh(*STREAM, HF_HUB_OFFLINE="1")
     lab.stop()
-    stopped = fresh(*command)
+    stopped = fresh(*STREAM)
     assert first.returncode == 0, first.stderr
     for again in (offline, stopped):
         assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from sinktrain import __version__
 from sinktrain.data.shards import read_manifest
 from sinktrain.errors import ConfigError, SinktrainError
 from sinktrain.experiments.study_commands import (
@@ -86,11 +87,19 @@ def _compare(study: Study, done: list[StudyRun], recipe_of: Mapping[str, str], o
     results, note = options.out / "compare" / "results.json", options.out / "state" / "compare.json"
     recipes_of_done = {run.name: recipe_of[run.name] for run in done}
     what = {"runs": recipes_of_done, "compare": study.compare, "accelerator": options.accelerator}
-    if results.is_file() and note.is_file() and json.loads(note.read_text(encoding="utf-8")) == what:
+    what["sinktrain"] = __version__
+    if results.is_file() and _noted(note) == what:
         _command("compare", "--from-results", str(results), "--out", str(results.parent))
         return
     _command("compare", *compare_arguments(study, done, shards_of(study, options), options))
     write_json(note, what)
+
+
+def _noted(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # nothing was, or a damaged file
+        return None
 
 
 # -- what is asked --------------------------------------------------------------------------------

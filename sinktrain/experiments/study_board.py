@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from statistics import mean
 
-from sinktrain.experiments.study_pool import Board, Job
+from sinktrain.experiments.study_pool import Job
 from sinktrain.progress import LOG_INTERVAL_S
 from sinktrain.report.wording import printable
 from sinktrain.training.metrics_table import MetricsTable
@@ -18,7 +18,7 @@ from sinktrain.training.metrics_table import MetricsTable
 REDRAW_S = 1.0
 
 
-class StudyBoard(Board):
+class StudyBoard:
     """Told on stderr.
 
     Args:

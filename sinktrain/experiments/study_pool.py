@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from sinktrain.training.run import LOCK
 
@@ -65,11 +65,10 @@ class Job:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-class Board:
+class Board(Protocol):
     """Is told of every change; see ``study_board``."""
 
-    def show(self, jobs: Sequence[Job]) -> None:
-        raise NotImplementedError
+    def show(self, jobs: Sequence[Job]) -> None: ...
 
 
 def train_all(
