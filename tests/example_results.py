@@ -58,6 +58,7 @@ def example_results(
         "models": models,
         "perplexity": perplexity,
         "paired": paired,
+        "arms": [row for text in texts for row in _arms(models, perplexity, text)] if seeds else [],
         "position_loss": [_position_loss(row, draw) for row in perplexity],
         "training": [_training(model, metric) for model in models for metric in CURVES],
         "latency": [row for model in models for row in _latencies(model, draw)],
@@ -225,6 +226,27 @@ def _over_seeds_row(a: str, b: str, rows: list[Row]) -> Row:
     }
 
 
+def _arms(models: list[Row], perplexity: list[Row], text: str) -> list[Row]:
+    """Means over three seeds; Student's t with 2 degrees, of the mean and of another seed."""
+    arm_of = {model["name"]: model["arm"] for model in models}
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in perplexity:
+        if row["text"] == text:
+            key = (arm_of[row["model"]], row["policy"], row["sinks"], row["window"])
+            groups.setdefault(key, []).append(row["loss_nats"])
+    rows = []
+    for (arm, policy, sinks, window), losses in groups.items():
+        mean = sum(losses) / 3
+        deviation = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / 2)
+        half, further = (4.3027 * deviation * math.sqrt(share) for share in (1 / 3, 4 / 3))
+        rows.append(
+            {"arm": arm, "text": text, "policy": policy, "sinks": sinks, "window": window, "num_seeds": 3}
+            | {"loss_nats": mean, "deviation_nats": deviation}
+            | {"ci95": [mean - half, mean + half], "prediction95": [mean - further, mean + further]}
+        )
+    return rows
+
+
 def _position_loss(row: Row, draw: random.Random) -> Row:
     """The row's own loss from the first eviction on; before it, that of every row of its model."""
     length = row["sinks"] + row["window"]
@@ -246,6 +268,8 @@ def _training(model: Row, metric: str) -> Row:
     return {
         **where,
         "tokens_seen": [int(model["tokens_seen"] * share) for share in shares],
+        "train_seconds": [90.0 * share for share in shares],
+        "hardware": {"device": "NVIDIA H100 80GB HBM3", "num_devices": 1, "train_seconds": 90.0},
         "value": [CURVES[metric] * (2 - share) + model["seed"] / 1000 for share in shares],
     }
 

@@ -321,8 +321,16 @@ def test_sizes_left_out_go_by_device_and_config(tmp_path):
 
     assert chosen("pythia-160m", "cuda") == (2048, 32, 64, 20)
     assert chosen("pythia-410m", "cuda", num_devices=2) == (2048, 16, 64, 20)
+    assert chosen("pythia-1.4b", "cuda") == (2048, 8, 16, 20)
     assert chosen("pythia-1.4b", "cuda", micro_batch=4, num_steps=7) == (2048, 4, 8, 7)
     assert chosen("pythia-14m", "cpu", global_batch=6) == (128, 1, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), [("pythia-1.4b", "1.4b"), ("small", "small"), ("mine/tiny.yaml", "tiny")]
+)
+def test_a_workload_has_the_name_of_its_config(config, name, tmp_path):
+    assert workload(TrainBench([config], torch.device("cuda")), config, tmp_path).preset == name
 
 
 def test_one_of_several_gpus_is_named_to_the_trainer(tmp_path):

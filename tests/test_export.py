@@ -16,6 +16,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import FACTS, edit_json, random_tokens, tiny_model, write_run
 
 from sinktrain.cli import main
@@ -387,13 +388,37 @@ def test_old_float16_folder_of_others_is_exported_in_full(tmp_path: Path, tokeni
     model = model_with(tokenizer, rotary_pct=0.5)
     theirs = export(write_run_with_tokenizer(model, tokenizer, tmp_path / "run"), tmp_path / "old").folder
     edit_json(theirs / "config.json", remove=("rope_parameters", "sink", "sinktrain", "dtype"))
-    from safetensors.torch import save_file
-
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
     save_file(weights, theirs / "model.safetensors")
     result = export(theirs, tmp_path / "out")
     assert load_model(result.folder).config == model.config
     assert load_model(result.folder).embed_out.weight.equal(weights["embed_out.weight"].float())
+
+
+@pytest.mark.parametrize("sink", ["none", "token", "kv_bias", "gate"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_rounded_to_the_dtype_asked_for_and_checked_so(
+    sink: str, dtype: torch.dtype, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    run = write_run_with_tokenizer(model_with(tokenizer, sink), tokenizer, tmp_path / "run")
+    exported = export(run, tmp_path / "out", dtype=dtype)
+    stored = load_file(exported.folder / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {dtype}
+    config = read_json(exported.folder / "config.json")
+    assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert exported.max_logit_diff < 1e-4
+    ours, theirs = load_model(run).state_dict(), load_model(exported.folder).state_dict()
+    for name, weight in ours.items():
+        assert theirs[name].equal(weight.to(dtype).float()), name
+
+
+def test_weights_too_large_for_the_dtype_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = model_with(tokenizer)
+    model.embed_out.weight.data[0, 0] = 1e6
+    run = write_run_with_tokenizer(model, tokenizer, tmp_path / "run")
+    with pytest.raises(ExportError, match="a weight is too large for float16; use float32 or bfloat16"):
+        export(run, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_are_as_readable_as_others(exported: tuple[GPTNeoX, Path]) -> None:

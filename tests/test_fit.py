@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import itertools
 import re
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from sinktrain.model.checkpoints import load_model
 from sinktrain.model.config import PYTHIA, NetworkConfig, SinkConfig
 from sinktrain.training import loggers
 from sinktrain.training.configs import config_folder, default_run, find_config
-from sinktrain.training.metrics_table import MetricsTable
+from sinktrain.training.metrics_table import MetricsTable, curves
 from sinktrain.training.module import Pretraining
 from sinktrain.training.recipe import arm_name
 from sinktrain.training.saving import LAST
@@ -397,6 +398,17 @@ def test_half_a_row_in_the_table_is_forgotten(train: Callable[..., Path]) -> Non
         file.write("13,2.0\n14,3.0,")
     train("run", "--trainer.max_steps", "14")
     assert list(measured(run, "train/loss")) == list(range(1, 15))
+
+
+def test_the_course_of_a_run_holds_what_was_measured_beside_its_steps(train: Callable[..., Path]) -> None:
+    run = train("run")
+    held_out = next(
+        curve for curve in curves(MetricsTable(run / "metrics.csv").rows()) if curve["metric"] == "val/loss"
+    )
+    assert dict(zip(held_out["step"], held_out["value"], strict=True)) == measured(run, "val/loss")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert held_out["tokens_seen"][-1] == manifest["tokens_seen"]
+    assert held_out["train_seconds"][-1] == pytest.approx(manifest["hardware"]["train_seconds"], abs=1e-3)
 
 
 def test_table_without_a_past_is_empty(tmp_path: Path) -> None:

@@ -201,17 +201,25 @@ def test_everything_at_once_fits_into_a_line() -> None:
     assert _summary({"train/loss": 2.5, "skipped_steps": 0.0}) == "loss 2.500"
 
 
+def _curve(metric: str, *points: list[Any]) -> dict[str, Any]:
+    return {"metric": metric} | dict(
+        zip(("step", "tokens_seen", "train_seconds", "value"), points, strict=True)
+    )
+
+
 def test_the_course_of_a_run_and_its_time_are_those_of_its_rows(tmp_path: Path) -> None:
     table = MetricsTable(tmp_path / "metrics.csv")
     table.append(10, {"tokens_seen": 1000.0, "tokens_per_s": 100.0, "train/loss": 5.0})
-    table.append(20, {"tokens_seen": 2000.0, "val/loss": 4.5})
-    table.append(20, {"tokens_seen": 2000.0, "tokens_per_s": 500.0, "stream/gap": 0.25, "sink/metric": 0.5})
-    table.append(30, {"tokens_seen": 3000.0, "tokens_per_s": 1000.0, "val/loss": 4.0})
+    table.append(15, {"stream/gap": 0.25, "sink/metric": 0.5})
+    table.append(20, {"tokens_seen": 2000.0, "tokens_per_s": 500.0})
+    table.append(20, {"val/loss": 4.5})
+    table.append(30, {"tokens_seen": 3000.0, "tokens_per_s": 1000.0})
+    table.append(30, {"val/loss": 4.0})
     assert train_seconds(table.rows()) == 1000 / 100 + 1000 / 500 + 1000 / 1000
     assert curves(table.rows()) == [
-        {"metric": "val/loss", "step": [20, 30], "tokens_seen": [2000, 3000], "value": [4.5, 4.0]},
-        {"metric": "stream/gap", "step": [20], "tokens_seen": [2000], "value": [0.25]},
-        {"metric": "sink/metric", "step": [20], "tokens_seen": [2000], "value": [0.5]},
+        _curve("val/loss", [20, 30], [2000, 3000], [12.0, 13.0], [4.5, 4.0]),
+        _curve("stream/gap", [15], [1500], [11.0], [0.25]),
+        _curve("sink/metric", [15], [1500], [11.0], [0.5]),
     ]
     assert train_seconds([]) == 0
     assert curves([]) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from sinktrain.evaluation.seeds import seed_rows
+from sinktrain.evaluation.seeds import arm_rows, seed_rows
 
 Row = dict[str, Any]
 SETTINGS = [("streaming", 0, 16), ("streaming", 1, 15), ("streaming", 2, 14), ("dense", 0, 40)]
@@ -172,6 +172,21 @@ def test_three_arms_give_every_two() -> None:
     models, perplexity = measured(*VANILLA, *SINK, ("zero", 1, 0), ("zero", 2, 0), ("zero", 3, 0))
     pairs = dict.fromkeys((r["a"], r["b"]) for r in seed_rows(models, perplexity) if r["a"] != r["b"])
     assert list(pairs) == [("sink", "vanilla"), ("zero", "vanilla"), ("zero", "sink")]
+
+
+def test_an_arms_rows_are_over_its_seeds_and_an_arm_of_one_seed_has_none() -> None:
+    models, perplexity = measured(*VANILLA, *SINK, ("lonely", 1, 0))
+    found = arm_rows(models, perplexity)
+    assert {row["arm"] for row in found} == {"vanilla", "sink"}
+    assert len(found) == 2 * len(SETTINGS)
+    row = next(row for row in found if row["arm"] == "sink" and row["sinks"] == 1)
+    losses = [loss(perplexity, f"sink-{seed}", "streaming", 1, 15) for seed in (1, 2, 3)]
+    error, quantile = stats.sem(losses), stats.t(2).ppf(0.975)
+    assert (row["num_seeds"], row["policy"], row["window"]) == (3, "streaming", 15)
+    assert row["loss_nats"] == pytest.approx(sum(losses) / 3)
+    assert row["deviation_nats"] == pytest.approx(3**0.5 * error)
+    assert row["ci95"][1] - row["loss_nats"] == pytest.approx(quantile * error)
+    assert row["prediction95"][1] - row["loss_nats"] == pytest.approx(quantile * 2 * error)
 
 
 @pytest.mark.parametrize(

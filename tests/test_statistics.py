@@ -20,6 +20,7 @@ from sinktrain.evaluation.statistics import (
     block_sums,
     by_position,
     mean_interval,
+    mean_of_seeds,
     paired_difference,
     t_difference,
     welch_difference,
@@ -225,6 +226,24 @@ def test_welch_difference_is_scipys_t_test_of_unequal_variances(
     assert found.p == pytest.approx(expected.pvalue)
 
 
+def test_mean_of_seeds_has_the_interval_of_scipys_one_sample_t_test(rng: np.random.Generator) -> None:
+    losses = 3.0 + 0.01 * rng.standard_normal(4)
+    found, expected = mean_of_seeds(losses.tolist()), stats.ttest_1samp(losses, 0.0).confidence_interval(0.95)
+    assert (found.mean, found.deviation) == pytest.approx((losses.mean(), losses.std(ddof=1)), rel=1e-12)
+    assert found.interval == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 6])
+def test_another_seed_lies_where_it_is_expected_95_times_in_100(
+    num_seeds: int, rng: np.random.Generator
+) -> None:
+    num_studies = 4000
+    losses = 3.0 + 0.02 * rng.standard_normal((num_studies, num_seeds + 1))
+    expected = [mean_of_seeds(study[:-1].tolist()).prediction for study in losses]
+    inside = sum(low <= study[-1] <= high for (low, high), study in zip(expected, losses, strict=True))
+    assert abs(inside / num_studies - 0.95) < 0.015
+
+
 def test_seeds_that_all_agree_leave_no_doubt() -> None:
     for found in (t_difference([0.25, 0.25]), welch_difference([3.25, 3.25], [3.0, 3.0])):
         assert (found.delta_nats, found.low, found.high, found.p) == (0.25, 0.25, 0.25, 0.0)
@@ -233,7 +252,9 @@ def test_seeds_that_all_agree_leave_no_doubt() -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [lambda: t_difference([0.1]), lambda: welch_difference([3.0, 3.1], [2.9])], ids=["t", "welch"]
+    "asked",
+    [lambda: t_difference([0.1]), lambda: welch_difference([3.0, 3.1], [2.9]), lambda: mean_of_seeds([3.0])],
+    ids=["t", "welch", "mean"],
 )
 def test_one_seed_is_one_clear_line(asked: Callable[[], object]) -> None:
     expected = r"an interval over seeds needs 2 seeds or more of each arm, here 1; train more seeds"

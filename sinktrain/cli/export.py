@@ -14,6 +14,7 @@ LOADS_WITH = {
     "prefix": "transformers and its prefix_cache.safetensors, as its README.md shows",
     "code": "transformers and trust_remote_code=True",
 }
+EXPORTED_DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def export(arguments: list[str]) -> int:
@@ -26,11 +27,17 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help=MODEL_FORMS)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     add_revision_option(parser)
+    parser.add_argument(
+        "--dtype", default="float32", choices=EXPORTED_DTYPES, help="of the weights (float32)"
+    )
     options = parser.parse_args(arguments)
+    import torch
+
     from sinktrain.model.hub import at_revision
     from sinktrain.publishing.export import export as write_folder
 
-    exported = write_folder(at_revision(options.model, options.revision), options.out)
+    model = at_revision(options.model, options.revision)
+    exported = write_folder(model, options.out, dtype=getattr(torch, options.dtype))
     if options.json:
         print_json(asdict(exported))
         return 0

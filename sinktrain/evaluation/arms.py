@@ -29,12 +29,14 @@ from sinktrain.evaluation.texts import TokenizedText
 from sinktrain.evaluation.timing import free_bytes
 from sinktrain.evaluation.verify import verify
 from sinktrain.model.checkpoints import ModelSource, load_model
+from sinktrain.model.devices import dtype_name
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.sinks.base import KINDS
 from sinktrain.progress import progress_bar
 from sinktrain.streaming.decoder import fingerprint
 from sinktrain.streaming.layout import VANILLA_SINKS, Layout
 from sinktrain.training.metrics_table import MetricsTable, curves
+from sinktrain.training.run import RunFolder
 
 TASKS = ("telemetry", "removal", "latency", "streameval", "access")
 Row = dict[str, Any]
@@ -141,7 +143,7 @@ def _identity(model: GPTNeoX, plan: Plan) -> Row:
         "sinktrain": __version__,
         "model": fingerprint(model).numpy().tobytes().hex(),
         "device": plan.device,
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "dtype": dtype_name(plan.dtype),
     }
 
 
@@ -223,8 +225,7 @@ def _probed(
 ) -> dict[str, list[Row]]:
     """Rows of the lists beside the losses; telemetry is taken on the first text."""
     layouts = ",".join(map(str, plan.layouts))
-    course = MetricsTable(Path(source.source, "metrics.csv"))  # a run folder's; others have none
-    rows: dict[str, list[Row]] = {"training": curves(course.rows())}
+    rows: dict[str, list[Row]] = {"training": _course(Path(source.source))}
     if "telemetry" in plan.tasks:
         rows |= store.rows(f"telemetry-{texts[0].digest}", lambda: _telemetry(model, source, texts[0]))
     if "removal" in plan.tasks:
@@ -252,6 +253,12 @@ def _probed(
             for row in verify(model, texts[0].tokens, plan.layouts, plan.verify_tokens)
         ]
     return {name: [{"model": source.name} | row for row in some] for name, some in rows.items()}
+
+
+def _course(run: Path) -> list[Row]:
+    """How training went, of a run's folder; of another MODEL nothing is known."""
+    hardware = (RunFolder(run).read_manifest() or {}).get("hardware")
+    return [{"hardware": hardware} | curve for curve in curves(MetricsTable(run / "metrics.csv").rows())]
 
 
 def _telemetry(model: GPTNeoX, source: ModelSource, text: Streams) -> dict[str, list[Row]]:

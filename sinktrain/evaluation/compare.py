@@ -27,10 +27,11 @@ from sinktrain.evaluation.rows import (
     perplexity_rows,
     position_rows,
 )
-from sinktrain.evaluation.seeds import seed_rows
+from sinktrain.evaluation.seeds import arm_rows, seed_rows
 from sinktrain.evaluation.texts import tokenize_for
 from sinktrain.model.checkpoints import ModelSource, describe, load_model
 from sinktrain.model.config import ModelConfig
+from sinktrain.model.devices import dtype_name
 from sinktrain.streaming.layout import Layout, default_layouts
 
 __all__ = ["TASKS", "ZERO_SHOT", "Comparison", "compare"]
@@ -126,6 +127,7 @@ def compare(request: Comparison) -> dict[str, Any]:
             *_all(between_policies, arms),
             *seed_rows(models, perplexity),
         ],
+        "arms": arm_rows(models, perplexity),
         "position_loss": _all(position_rows, arms),
         **{name: _rows_of(name, arms) for name in LISTS},
         "zero_shot_paired": paired_rows(_rows_of("example_scores", arms)),
@@ -222,7 +224,7 @@ def _environment(request: Comparison, started_at: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": f"{device.type} ({name})",
-        "dtype": str(request.dtype).removeprefix("torch."),
+        "dtype": dtype_name(request.dtype),
         "max_tokens": request.max_tokens,
         "num_streams": request.num_streams,
         "started_at": started_at,

@@ -33,6 +33,7 @@ from sinktrain.errors import DataError
 from sinktrain.evaluation.pieces import cut_pieces, with_sinks
 from sinktrain.evaluation.quantizers import Calibration, QuantizedModel, Scheme, calibrate
 from sinktrain.evaluation.statistics import paired_difference
+from sinktrain.model.devices import dtype_name
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.streaming.blockwise import stream_loss
 from sinktrain.streaming.layout import VANILLA_SINKS, Layout
@@ -140,7 +141,7 @@ class Quantization:
                 "ci95": [difference.low, difference.high],
                 "p": difference.p,
                 "interval": "text",
-                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(self.model.dtype),
             }
 
     @cached_property

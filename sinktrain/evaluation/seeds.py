@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sinktrain.evaluation.statistics import Difference, t_difference, welch_difference
+from sinktrain.evaluation.statistics import Difference, mean_of_seeds, t_difference, welch_difference
 from sinktrain.streaming.layout import VANILLA_SINKS
 
 Row = dict[str, Any]
@@ -62,6 +62,33 @@ def seed_rows(models: Sequence[Row], perplexity: Sequence[Row]) -> list[Row]:
     """
     arms = _arms(models, perplexity)
     return [*_between_arms(arms), *_between_layouts(arms)]
+
+
+def arm_rows(models: Sequence[Row], perplexity: Sequence[Row]) -> list[Row]:
+    """Each arm's losses over its seeds: ``arms[]`` of results.json.
+
+    Left out are the models that ``seed_rows`` leaves out.
+
+    Args:
+        models: ``models[]`` of results.json.
+        perplexity: ``perplexity[]``.
+    """
+    return [
+        _arm_row(arm, key, row) for arm in _arms(models, perplexity) for key, row in arm.shared_rows.items()
+    ]
+
+
+def _arm_row(arm: _Arm, key: Key, setting: Row) -> Row:
+    over = mean_of_seeds(arm.losses(key))
+    return {
+        "arm": arm.name,
+        **{name: setting[name] for name in ("text", "policy", "sinks", "window")},
+        "num_seeds": len(arm.by_seed),
+        "loss_nats": over.mean,
+        "deviation_nats": over.deviation,
+        "ci95": list(over.interval),
+        "prediction95": list(over.prediction),
+    }
 
 
 def _arms(models: Sequence[Row], perplexity: Sequence[Row]) -> list[_Arm]:

@@ -61,6 +61,23 @@ class Difference:
     p: float
 
 
+@dataclass(frozen=True)
+class SeedMean:
+    """A mean over seeds, in nats.
+
+    Args:
+        mean: of the seeds.
+        deviation: standard deviation of a seed.
+        interval: 95%, of the mean.
+        prediction: 95%, of another seed.
+    """
+
+    mean: float
+    deviation: float
+    interval: tuple[float, float]
+    prediction: tuple[float, float]
+
+
 def mean_interval(losses: Floats, seed: int = 0) -> Interval:
     """Mean loss over all scored tokens, with its interval over the text.
 
@@ -111,6 +128,25 @@ def t_difference(deltas: Sequence[float]) -> Difference:
     """
     mean, squared_error = _mean_of_seeds(deltas)
     return _by_t(mean, squared_error, len(deltas) - 1)
+
+
+def mean_of_seeds(losses: Sequence[float]) -> SeedMean:
+    """Mean over seeds, the interval of the mean, and the one where another seed's loss is to be expected.
+
+    Both are Student's t: the mean's error is ``s / sqrt(n)``, another seed's ``s * sqrt(1 + 1 / n)``, with
+    ``s`` the standard deviation of ``n`` seeds.
+
+    Args:
+        losses: one per seed, nats.
+
+    Raises:
+        DataError: fewer than 2 seeds.
+    """
+    mean, squared_error = _mean_of_seeds(losses)
+    reach = float(stdtrit(len(losses) - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(squared_error)
+    further = reach * math.sqrt(len(losses) + 1)
+    deviation = math.sqrt(squared_error * len(losses))
+    return SeedMean(mean, deviation, (mean - reach, mean + reach), (mean - further, mean + further))
 
 
 def welch_difference(a: Sequence[float], b: Sequence[float]) -> Difference:

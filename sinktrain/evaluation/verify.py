@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from sinktrain.evaluation.pieces import with_sinks
+from sinktrain.model.devices import dtype_name
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.progress import progress_bar
 from sinktrain.streaming.blockwise import stream_logits
@@ -39,7 +40,7 @@ def verify(
                 "window": layout.window,
                 "num_tokens": tokens.numel(),
                 "max_logit_diff": _largest_difference(model, tokens, layout, bar.update),
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(model.dtype),
             }
             for layout in layouts
         ]

@@ -25,7 +25,6 @@ import yaml
 
 from sinktrain.errors import ConfigError, SinktrainError, did_you_mean, first_line
 from sinktrain.evaluation.timing import check_timed, release_memory
-from sinktrain.experiments.contenders import dtype_name
 from sinktrain.experiments.machine import environment, package_version
 from sinktrain.experiments.peer_training import PeerTraining
 from sinktrain.experiments.training_contenders import (
@@ -40,6 +39,7 @@ from sinktrain.experiments.training_contenders import (
 )
 from sinktrain.experiments.training_peers import PEERS
 from sinktrain.model.config import ModelConfig
+from sinktrain.model.devices import dtype_name
 from sinktrain.training.configs import config_folder
 from sinktrain.training.stopping import Stopped
 from sinktrain.training.throughput import flops_per_token, peak_flops

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sinktrain.experiments.peers import Peer
+from sinktrain.model.devices import dtype_name
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.streaming.decoder import StreamingDecoder
 from sinktrain.streaming.layout import Layout
@@ -143,7 +144,3 @@ def step_bytes(cell: Cell) -> int:
     weights = sum(weight.nbytes for weight in model.parameters() if weight is not embedding)
     num_held = 2 * network.num_hidden_layers * cell.batch_size * cell.layout.num_slots * network.hidden_size
     return weights + num_held * embedding.element_size()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ from sinktrain.data.windows import IGNORED
 from sinktrain.errors import first_line
 from sinktrain.evaluation.timing import device_name
 from sinktrain.experiments.doctor_finding import GIB, Finding, Mark
-from sinktrain.model.devices import has_fast_path
+from sinktrain.model.devices import dtype_name, has_fast_path
 from sinktrain.model.loss import summed_loss, token_losses
 from sinktrain.training.checks import lacks_bfloat16
 from sinktrain.training.throughput import peak_flops
@@ -155,7 +155,7 @@ def try_device(device: torch.device) -> list[Finding]:
 
 def judge_error(subject: str, dtype: torch.dtype, error: float) -> Finding:
     """A result's largest error, as a share of its largest value; not a number counts as too large."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if error <= TOLERANCE[dtype]:
         return Finding(subject, "ok", f"{name}, off by {error:.0e}")
     remedy = "do not train on it: its driver, memory or torch build computes wrongly"

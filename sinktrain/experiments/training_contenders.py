@@ -26,9 +26,9 @@ from sinktrain.data.datamodule import WindowData
 from sinktrain.data.shards import Manifest, ShardWriter, SplitCounts, token_dtype
 from sinktrain.data.tokenizer import RESERVED_SINKS, VOCAB_MULTIPLE
 from sinktrain.evaluation.timing import held_bytes, peak_bytes, reset_peak
-from sinktrain.experiments.contenders import dtype_name
 from sinktrain.experiments.time_by_part import time_by_part
 from sinktrain.model.config import ModelConfig
+from sinktrain.model.devices import dtype_name
 from sinktrain.progress import progress_bar
 from sinktrain.training.memory import STATE_BYTES
 from sinktrain.training.metrics import Metrics, ProgressBar
@@ -73,7 +73,7 @@ class Workload:
 
     @property
     def preset(self) -> str:
-        return Path(self.config).stem.removeprefix("pythia-")
+        return Path(self.config).name.removesuffix(".yaml").removeprefix("pythia-")
 
     @property
     def warm_up(self) -> int:

@@ -15,6 +15,11 @@ def has_fast_path(x: Tensor) -> bool:
     return HAS_TRITON and x.device.type == "cuda" and x.dtype != torch.float64
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``, as configs write it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What products with ``x`` are computed in: autocast's precision where it is on."""
     kind = x.device.type

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sinktrain.errors import ConfigError, ModelError
 from sinktrain.model.config import PYTHIA, ModelConfig, NetworkConfig
+from sinktrain.model.devices import dtype_name
 from sinktrain.model.init import SINK_PART
 from sinktrain.model.neox import GPTNeoX, Layer
 from sinktrain.model.sinks.base import KINDS
@@ -85,9 +86,12 @@ def from_transformers_config(value: Mapping[str, Any], where: str) -> ModelConfi
 
 
 def to_transformers_config(
-    config: ModelConfig, bos_token_id: int | None, eos_token_id: int | None
+    config: ModelConfig,
+    bos_token_id: int | None,
+    eos_token_id: int | None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The ``config.json`` of ``config``, for transformers 4.57 and 5; weights are float32, padding is eos.
+    """The ``config.json`` of ``config`` with weights of ``dtype``, for transformers 4.57 and 5; eos pads.
 
     The rotary settings and the dtype stand in both their forms: 4.57 takes ``rotary_pct`` for 0.25 when it
     finds ``rope_parameters`` alone, and says nothing. ``eos_token_id`` defaults to 2 there, hence the nulls.
@@ -102,8 +106,8 @@ def to_transformers_config(
             "partial_rotary_factor": network.rotary_pct,
         },
         "tie_word_embeddings": False,
-        "dtype": "float32",
-        "torch_dtype": "float32",
+        "dtype": dtype_name(dtype),
+        "torch_dtype": dtype_name(dtype),
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": eos_token_id,

@@ -18,6 +18,7 @@ from sinktrain.data.tokenizer import Tokenizer, load_tokenizer, sink_token_name
 from sinktrain.errors import ExportError, first_line
 from sinktrain.files import atomic_path, write_json, write_text
 from sinktrain.model.checkpoints import CHECKPOINT_KEY, ModelSource, describe, find_tokenizer, load_model
+from sinktrain.model.devices import dtype_name
 from sinktrain.model.neox import GPTNeoX
 from sinktrain.model.sinks.base import KINDS, Loading
 from sinktrain.model.transformers_format import CODE_FILE, to_transformers_config, to_transformers_weights
@@ -53,15 +54,20 @@ class Exported:
 
 
 def export(
-    source: str | Path, out: str | Path, card: CardOptions | None = None, revision: str | None = None
+    source: str | Path,
+    out: str | Path,
+    card: CardOptions | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Exported:
-    """Write ``source``, any form of MODEL, to the new folder ``out`` in transformers' format, float32.
+    """Write ``source``, any form of MODEL, to the new folder ``out`` in transformers' format.
 
     The folder appears complete and checked, or not at all.
 
     Args:
         card: what its README.md says besides what the model itself tells.
         revision: branch, tag or commit of a Hub id.
+        dtype: what the weights are rounded to; logits are checked in float32, from the rounded weights.
 
     Raises:
         ModelError, DataError: the model or its tokenizer cannot be read.
@@ -74,7 +80,7 @@ def export(
     _check_free(out)
     if card.licence is not None:
         licence_id(card.licence)
-    model = load_model(source, revision=revision)
+    model = _rounded(load_model(source, revision=revision), dtype)
     loads_as = _way_to_load(model.config.sink.kind)
     tokenizer_folder = find_tokenizer(source, revision)
     tokenizer = load_tokenizer(str(tokenizer_folder)) if tokenizer_folder else None
@@ -85,7 +91,7 @@ def export(
     compared = read_compared(card.results, origin, model.config, num_parameters) if card.results else None
     made = model_card(out.name, model.config, num_parameters, origin, card, training, compared)
     with _folder_in_making(out) as folder:
-        _write_model(folder, model, tokenizer, origin, training.facts)
+        _write_model(folder, model, tokenizer, origin, training.facts, dtype)
         if tokenizer:
             _write_tokenizer(folder, model, tokenizer)
         write_text(folder / "README.md", made.text)
@@ -96,6 +102,15 @@ def export(
             if tokenizer:
                 _check_tokenizer(folder, model, tokenizer)
     return Exported(out, loads_as, max_logit_diff, tokenizer is not None)
+
+
+def _rounded(model: GPTNeoX, dtype: torch.dtype) -> GPTNeoX:
+    """The float32 model with weights that ``dtype`` holds exactly."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype).float()
+        if not weight.isfinite().all():
+            raise ExportError(f"a weight is too large for {dtype_name(dtype)}; use float32 or bfloat16")
+    return model
 
 
 def _check_free(out: Path) -> None:
@@ -153,11 +168,16 @@ def _folder_in_making(out: Path) -> Iterator[Path]:
 
 
 def _write_model(
-    folder: Path, model: GPTNeoX, tokenizer: Tokenizer | None, origin: ModelSource, more_facts: dict[str, str]
+    folder: Path,
+    model: GPTNeoX,
+    tokenizer: Tokenizer | None,
+    origin: ModelSource,
+    more_facts: dict[str, str],
+    dtype: torch.dtype,
 ) -> None:
     bos = model.sink_ids[-1] if model.sink_ids else None
     eos = tokenizer.eos_token_id if tokenizer else None
-    config = to_transformers_config(model.config, bos, eos)
+    config = to_transformers_config(model.config, bos, eos, dtype)
     facts = {key: value for key, value in asdict(origin).items() if key not in ("name", "source")}
     write_json(folder / "config.json", config | {CHECKPOINT_KEY: facts | more_facts})
     write_json(
@@ -166,6 +186,7 @@ def _write_model(
         | {"suppress_tokens": _never_generated(model, tokenizer)},
     )
     for name, weights in to_transformers_weights(model).items():
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
         _write_weights(folder / name, weights, mode=(folder / "config.json").stat().st_mode)
     if KINDS[model.config.sink.kind].loads_as == "code":
         write_text(folder / CODE_FILE, Path(__file__).with_name(CODE_FILE).read_text(encoding="utf-8"))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sinktrain.report import findings
+from sinktrain.report import findings, training_tables
+from sinktrain.report.arm_tables import (
+    ARM_NOTE,
+    ROUNDING_NOTE,
+    SEED_NOTE,
+    arm_table,
+    rounding_table,
+    seed_table,
+)
 from sinktrain.report.contests import main_pairs, own_rows
 from sinktrain.report.loss_tables import (
     bits_table,
@@ -40,10 +48,12 @@ def results_markdown(results: Results) -> str:
     if results["failed"]:
         parts += ["## Not measured", _bullets(findings.failures(results))]
     for text in findings.texts(results):
+        parts += _arm_parts(results, text)
         parts += _text_parts(results, text)
     parts += [_folded("The paper's own figures", f"{escaped(CITATION)}.", table_markdown(paper_table()))]
     parts += _quantized_parts(results)
     parts += _probe_parts(results)
+    parts += _training_parts(results)
     parts += ["## How to read it", " ".join(findings.READING)]
     if findings.limits(results):
         parts += ["## Limits", _bullets(findings.limits(results))]
@@ -51,6 +61,17 @@ def results_markdown(results: Results) -> str:
     if results["environment"]:
         parts += [_folded("Environment", table_markdown(environment_table(results)))]
     return "\n\n".join(parts) + "\n"
+
+
+def _arm_parts(results: Results, text: str) -> list[str]:
+    if not results["arms"]:
+        return []
+    return [
+        f"## Arms on {escaped(text)}",
+        ARM_NOTE,
+        table_markdown(arm_table(results, text)),
+        _folded("Over seeds", SEED_NOTE, table_markdown(seed_table(results, text))),
+    ]
 
 
 def _text_parts(results: Results, text: str) -> list[str]:
@@ -82,7 +103,13 @@ def _text_parts(results: Results, text: str) -> list[str]:
 def _quantized_parts(results: Results) -> list[str]:
     parts = []
     for text in quantized_texts(results):
-        parts += [f"## Quantisation on {escaped(text)}", NOTE, table_markdown(quantized_table(results, text))]
+        parts += [f"## Quantisation on {escaped(text)}", NOTE]
+        every = table_markdown(quantized_table(results, text))
+        if results["arms"]:
+            parts += [ROUNDING_NOTE, table_markdown(rounding_table(results, text))]
+            parts.append(_folded("Every model", every))
+        else:
+            parts.append(every)
     return parts
 
 
@@ -116,6 +143,16 @@ def _probe_parts(results: Results) -> list[str]:
     if verified_table(results).rows:
         words = "Blockwise evaluation checked against stepping token by token"
         parts += [_folded(words, table_markdown(verified_table(results)))]
+    return parts
+
+
+def _training_parts(results: Results) -> list[str]:
+    table = training_tables.training_table(results)
+    parts = ["## Training", training_tables.NOTE, table_markdown(table)] if table.rows else []
+    for metric, words in training_tables.EMERGING.items():
+        table = training_tables.emergence_table(results, metric)
+        if table.rows:
+            parts += [f"{words}, by tokens seen:", table_markdown(table)]
     return parts
 
 

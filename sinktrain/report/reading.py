@@ -32,7 +32,7 @@ LISTS_OF_MODELS = (
     "training",
 )
 LISTS_OF_PAIRS = ("paired", "zero_shot_paired")
-GAINED_LISTS = ("training", "zero_shot", "zero_shot_paired")
+GAINED_LISTS = ("arms", "training", "zero_shot", "zero_shot_paired")
 """That results of an older version lack."""
 MUST_BE = {
     "minimum": "at least ",
@@ -107,10 +107,11 @@ def _check_names(path: Path, results: Results) -> None:
     """What the schema can't say: rows speak of models and arms that are there."""
     models = {model["name"] for model in results["models"]}
     arms = {model["arm"] for model in results["models"]}
-    named = {**dict.fromkeys(LISTS_OF_MODELS, ("model",)), **dict.fromkeys(LISTS_OF_PAIRS, ("a", "b"))}
+    named: dict[str, tuple[str, ...]] = {"arms": ("arm",)}
+    named |= {**dict.fromkeys(LISTS_OF_MODELS, ("model",)), **dict.fromkeys(LISTS_OF_PAIRS, ("a", "b"))}
     for name, keys in named.items():
         for number, row in enumerate(results[name]):
-            known = arms if row.get("interval") == "seeds" else models
+            known = arms if name == "arms" or row.get("interval") == "seeds" else models
             for key in keys:
                 if row[key] not in known:
                     raise ConfigError(

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from sinktrain.report import findings, wording
+from sinktrain.report import findings, training_tables, wording
+from sinktrain.report.arm_tables import (
+    ARM_NOTE,
+    ROUNDING_NOTE,
+    SEED_NOTE,
+    arm_table,
+    rounding_table,
+    seed_table,
+)
 from sinktrain.report.contests import main_pairs
 from sinktrain.report.figures import differences, heat, inside, losses, quantized, streams, training
 from sinktrain.report.figures.source import all_texts, drawn_models
@@ -46,6 +54,7 @@ def sections(results: Results) -> list[Section]:
     """What the page says below the verdict."""
     texts = all_texts(results)
     found = [
+        *(_arm_section(results, text) for text in texts),
         *(_perplexity_section(results, text) for text in texts),
         *(_difference_section(results, text) for text in texts),
         *(_position_section(results, text) for text in texts),
@@ -61,6 +70,14 @@ def sections(results: Results) -> list[Section]:
         ("How it was measured", _settings(results)),
     ]
     return [section for section in found if section is not None]
+
+
+def _arm_section(results: Results, text: str) -> Section | None:
+    if not results["arms"]:
+        return None
+    over_seeds = table_html(seed_table(results, text), f"Arms over seeds on {text}")
+    table = table_html(arm_table(results, text), f"Arms on {text}")
+    return f"Arms on {text}", soft(ARM_NOTE) + table + closed("Over seeds", soft(SEED_NOTE), over_seeds)
 
 
 # -- losses -----------------------------------------------------------------------------------------
@@ -161,7 +178,11 @@ def _quantized_section(results: Results) -> Section | None:
     parts = []
     for text in quantized_texts(results):
         rows = [row for row in results["quantized"] if row["text"] == text]
-        table = table_html(quantized_table(results, text), f"Loss added by quantisation on {text}")
+        label = f"Loss added by quantisation on {text}"
+        if results["arms"]:
+            table = soft(ROUNDING_NOTE) + table_html(rounding_table(results, text), label)
+        else:
+            table = table_html(quantized_table(results, text), label)
         every = table_html(quantized_measurement_table(rows), f"Losses with and without it, on {text}")
         figures = plots(quantized.quantized_figures(results, text))
         parts += [table, figures, closed(f"Quantisation on {text} in numbers", every)]
@@ -226,7 +247,19 @@ def _cost_section(results: Results) -> Section | None:
 
 def _training_section(results: Results) -> Section | None:
     words = "What the runs measured as they went; a sink shows itself long before the end, or not at all."
-    return _plotted("Training", words, training.training_figures(results))
+    tables = [
+        table_html(table, words)
+        for table, words in (
+            (training_tables.training_table(results), "Time to a held-out loss"),
+            *(
+                (training_tables.emergence_table(results, metric), words)
+                for metric, words in training_tables.EMERGING.items()
+            ),
+        )
+        if table.rows
+    ]
+    after = closed("Training in numbers", soft(training_tables.NOTE), *tables) if tables else ""
+    return _plotted("Training", words, training.training_figures(results), after)
 
 
 def _plotted(heading: str, words: str, figures: list[Figure], after: str = "") -> Section | None:

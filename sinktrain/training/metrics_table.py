@@ -8,7 +8,9 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sinktrain.files import atomic_path
 
@@ -68,33 +70,50 @@ class MetricsTable:
             writer.writerows(rows)
 
 
-def train_seconds(rows: Sequence[Mapping[str, str]]) -> float:
-    """Time that a run's steps took, over all its starts, from the speed that each row tells."""
-    seconds, tokens = 0.0, 0.0
-    for row in rows:
-        if row.get("tokens_per_s") and row.get("tokens_seen"):
-            now = float(row["tokens_seen"])
-            seconds += (now - tokens) / float(row["tokens_per_s"])
-            tokens = now
-    return seconds
-
-
 CURVES = ("val/loss", "stream/gap", "sink/metric", "sink/metric_null")
 """What is told of a run's course: held-out loss and gap in nats, shares of heads."""
 
 
+def train_seconds(rows: Sequence[Mapping[str, str]]) -> float:
+    """Time that a run's steps took, over all its starts, from the speed that each row tells."""
+    return _progress(rows)[-1].seconds
+
+
 def curves(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """What was measured in training: rows of ``metric``, and lists ``step``, ``tokens_seen``, ``value``."""
+    """What was measured in training: rows of ``metric``, and of each point the ``step``, ``tokens_seen``,
+    ``train_seconds`` (the steps' time until then, first compilation included) and ``value``.
+    """
+    progress = _progress(rows)
+    steps, tokens, seconds = zip(*progress, strict=True)
     found = []
     for metric in CURVES:
-        points = [row for row in rows if row.get(metric) and row.get("tokens_seen")]
-        if points:
+        points = [(int(row["step"]), float(row[metric])) for row in rows if row.get(metric)]
+        at = [step for step, _ in points]
+        if points and len(progress) > 1:
             found.append(
                 {
                     "metric": metric,
-                    "step": [int(row["step"]) for row in points],
-                    "tokens_seen": [int(float(row["tokens_seen"])) for row in points],
-                    "value": [float(row[metric]) for row in points],
+                    "step": at,
+                    "tokens_seen": [round(count) for count in np.interp(at, steps, tokens)],
+                    "train_seconds": [round(time, 3) for time in np.interp(at, steps, seconds).tolist()],
+                    "value": [value for _, value in points],
                 }
             )
+    return found
+
+
+class _Progress(NamedTuple):
+    step: int
+    tokens: float
+    seconds: float
+
+
+def _progress(rows: Sequence[Mapping[str, str]]) -> list[_Progress]:
+    """Where a run was whenever it told its speed, from the beginning on."""
+    found = [_Progress(0, 0.0, 0.0)]
+    for row in rows:
+        if row.get("tokens_per_s") and row.get("tokens_seen"):
+            tokens = float(row["tokens_seen"])
+            spent = (tokens - found[-1].tokens) / float(row["tokens_per_s"])
+            found.append(_Progress(int(row["step"]), tokens, found[-1].seconds + spent))
     return found

@@ -1,0 +1,132 @@
+"""The tables with a row an arm: what each remedy does, and how sure its seeds make it.
+
+An arm of one seed, and a model without an arm, stand for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from statistics import fmean
+
+from sinktrain.report import wording
+from sinktrain.report.contests import Subject, lengths_of, own_rows, subjects_of
+from sinktrain.report.probe_tables import is_null, place_words, sink_rows
+from sinktrain.report.quantized_tables import treatment_words
+from sinktrain.report.table import Table
+from sinktrain.report.wording import Results, Row
+
+ARM_NOTE = (
+    "Losses in nats, on average over seeds. Outliers: the largest hidden value of a layer over the median "
+    "one, in the layer where that is largest."
+)
+ROUNDING_NOTE = "On average over an arm's seeds, with the least and the largest, in the arm's own layout."
+SEED_NOTE = "Losses in nats; the last column is where the loss of one more seed is to be expected."
+
+
+def arm_table(results: Results, text: str) -> Table:
+    """The losses of the greatest length and dense, the sink metric and outliers of every arm."""
+    rows = _rows_of_length(results, (row for row in results["perplexity"] if row["text"] == text))
+    layouts = wording.layout_names(rows)
+    metrics = [row for row in sink_rows(results) if row["eps"] == _smallest_eps(results)]
+    return Table(
+        ["arm", "seeds", *layouts, "sink metric", "of", "outliers"],
+        [
+            [
+                subject.shown,
+                str(len(subject.models)),
+                *(_mean_cell(subject, rows, _in_layout(layout), "loss_nats") for layout in layouts),
+                *_metric_cells(subject, metrics),
+                _outlier_cell(subject, results["norms"]),
+            ]
+            for subject in subjects_of(results)
+        ],
+    )
+
+
+def seed_table(results: Results, text: str) -> Table:
+    """Every arm's loss over its seeds, in the layouts of the greatest length and dense."""
+    rows = _rows_of_length(results, (row for row in results["arms"] if row["text"] == text))
+    return Table(
+        ["arm", "layout", "seeds", "loss, nats", "deviation", "95% of the mean", "95% of another seed"],
+        [
+            [
+                wording.printable(row["arm"]),
+                wording.layout_name(row),
+                str(row["num_seeds"]),
+                f"{row['loss_nats']:.{wording.digits(*row['ci95'])}f}",
+                f"{row['deviation_nats']:.4f}",
+                wording.loss_interval_text(row),
+                wording.loss_interval_text({"ci95": row["prediction95"]}),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def rounding_table(results: Results, text: str) -> Table:
+    """What each scheme of quantisation adds in the arm's own layout, on average over seeds, and the range."""
+    streamed = (row for row in results["quantized"] if (row["text"], row["policy"]) == (text, "streaming"))
+    rows = own_rows(results, streamed)
+    columns = list(dict.fromkeys((row["scheme"], treatment_words(row)) for row in rows))
+    return Table(
+        ["arm", *(f"{wording.printable(scheme)}: {treatment}" for scheme, treatment in columns)],
+        [
+            [subject.shown, *(_added_cell(subject, rows, column) for column in columns)]
+            for subject in subjects_of(results)
+        ],
+    )
+
+
+def _rows_of_length(results: Results, rows: Iterable[Row]) -> list[Row]:
+    """Those that stream at the greatest length, and dense."""
+    greatest = lengths_of(results)[:1]
+    return [
+        row
+        for row in rows
+        if row["policy"] == "dense" or (row["policy"] == "streaming" and wording.num_slots(row) in greatest)
+    ]
+
+
+def _in_layout(layout: str) -> Callable[[Row], bool]:
+    return lambda row: wording.layout_name(row) == layout
+
+
+def _mean_cell(subject: Subject, rows: Iterable[Row], is_meant: Callable[[Row], bool], key: str) -> str:
+    values = [row[key] for row in _of(subject, rows) if is_meant(row)]
+    return f"{fmean(values):.3f}" if values else ""
+
+
+def _metric_cells(subject: Subject, metrics: Iterable[Row]) -> tuple[str, str]:
+    """The metric of what the arm has for a sink: its tokens, its null slot, or else the first token."""
+    rows = sorted(_of(subject, metrics), key=lambda row: (not row["is_sink"], not is_null(row)))
+    if not rows:
+        return "", ""
+    place = place_words(rows[0])
+    return wording.share_text(fmean(row["value"] for row in rows if place_words(row) == place)), place
+
+
+def _smallest_eps(results: Results) -> float | None:
+    return min((row["eps"] for row in results["sink_metric"]), default=None)
+
+
+def _outlier_cell(subject: Subject, norms: Iterable[Row]) -> str:
+    largest: dict[str, float] = {}
+    for row in _of(subject, norms):
+        if row["weights"] == "trained":
+            largest[row["model"]] = max(row["top1_over_median"], largest.get(row["model"], 0.0))
+    return wording.ratio_text(fmean(largest.values())) if largest else ""
+
+
+def _added_cell(subject: Subject, rows: Iterable[Row], column: tuple[str, str]) -> str:
+    """``+0.0054 (+0.0044 to +0.0064)``: the mean over models, and their least and largest."""
+    added = [
+        row["delta_nats"] for row in _of(subject, rows) if (row["scheme"], treatment_words(row)) == column
+    ]
+    if not added:
+        return ""
+    mean = f"{fmean(added):+z.4f}"
+    return mean if len(added) == 1 else f"{mean} ({min(added):+z.4f} to {max(added):+z.4f})"
+
+
+def _of(subject: Subject, rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["model"] in subject.model_names]

@@ -1,0 +1,112 @@
+"""The tables of how runs went: when they reached a loss that all reach, and when a sink emerged."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from sinktrain.report.contests import Subject, subjects_of
+from sinktrain.report.table import Table
+from sinktrain.report.wording import Results, Row, share_text
+
+NOTE = (
+    "Minutes are those of the steps on one device, or on all at once, the first compilation included and "
+    "validation left out; means over seeds."
+)
+EMERGING = {
+    "stream/gap": "What is lost without the first tokens, nats",
+    "sink/metric": "Sink metric of the first token",
+    "sink/metric_null": "Sink metric of the null slot",
+}
+SHOWN_POINTS = 8
+"""Of a curve in a table; the plots show all."""
+
+
+def training_table(results: Results) -> Table:
+    """What each arm's runs took to their end, and to the held-out loss that all reach."""
+    curves = [row for row in results["training"] if row["metric"] == "val/loss" and "train_seconds" in row]
+    reached = max((curve["value"][-1] for curve in curves), default=0.0)
+    goal = math.ceil(1000 * reached) / 1000
+    return Table(
+        [
+            *("arm", "seeds", "hardware", "tokens", "minutes", "held-out loss"),
+            *(f"tokens to {goal:.3f}", f"minutes to {goal:.3f}"),
+        ],
+        [
+            [subject.shown, str(len(mine)), _hardware(mine), *_cells(mine, goal)]
+            for subject in subjects_of(results)
+            for mine in [_of(subject, curves)]
+            if mine
+        ],
+    )
+
+
+def emergence_table(results: Results, metric: str) -> Table:
+    """A curve of every arm that has one, at some of the points that its runs share."""
+    curves = [row for row in results["training"] if row["metric"] == metric]
+    by_arm = [(subject, mine) for subject in subjects_of(results) if (mine := _of(subject, curves))]
+    shared = sorted(set.intersection(*(set(row["tokens_seen"]) for row in curves))) if curves else []
+    shown = _thinned(shared)
+    return Table(
+        ["arm", *(f"{tokens / 1e6:,.1f}M" for tokens in shown)],
+        [
+            [subject.shown, *(_value_cell(mine, tokens, metric) for tokens in shown)]
+            for subject, mine in by_arm
+        ],
+    )
+
+
+def _hardware(curves: Sequence[Row]) -> str:
+    """``NVIDIA H100 80GB HBM3``, ``2 x NVIDIA H200``; several, where runs differ."""
+    told = [curve["hardware"] for curve in curves if curve.get("hardware")]
+    names = (
+        one["device"] if one["num_devices"] == 1 else f"{one['num_devices']} x {one['device']}"
+        for one in told
+    )
+    return ", ".join(dict.fromkeys(names))
+
+
+def _cells(curves: Sequence[Row], goal: float) -> list[str]:
+    tokens, seconds, losses = (
+        fmean(curve[key][-1] for curve in curves) for key in ("tokens_seen", "train_seconds", "value")
+    )
+    to_goal = (fmean(_when(curve, key, goal) for curve in curves) for key in ("tokens_seen", "train_seconds"))
+    goal_tokens, goal_seconds = to_goal
+    return [
+        f"{tokens / 1e6:,.1f}M",
+        f"{seconds / 60:.2f}",
+        f"{losses:.3f}",
+        f"{goal_tokens / 1e6:,.1f}M",
+        f"{goal_seconds / 60:.2f}",
+    ]
+
+
+def _when(curve: Row, key: str, goal: float) -> float:
+    """Where a falling curve first reaches the goal, on a straight line between its points."""
+    losses, at = curve["value"], curve[key]
+    first = next(index for index, loss in enumerate(losses) if loss <= goal)
+    if first == 0:
+        return float(at[0])
+    share = (losses[first - 1] - goal) / (losses[first - 1] - losses[first])
+    return float(at[first - 1] + share * (at[first] - at[first - 1]))
+
+
+def _thinned(points: Sequence[int]) -> list[int]:
+    """At most ``SHOWN_POINTS``, by constant factors, the first behind 0 and the last among them."""
+    later = [point for point in points if point > 0]
+    if len(later) <= SHOWN_POINTS:
+        return later
+    factor = (later[-1] / later[0]) ** (1 / (SHOWN_POINTS - 1))
+    wanted = (later[0] * factor**power for power in range(SHOWN_POINTS - 1))
+    return sorted({later[bisect_left(later, want * 0.999)] for want in wanted} | {later[-1]})
+
+
+def _value_cell(curves: Iterable[Row], tokens: int, metric: str) -> str:
+    value = fmean(curve["value"][curve["tokens_seen"].index(tokens)] for curve in curves)
+    return share_text(value) if metric.startswith("sink/") else f"{value:+z.3f}"
+
+
+def _of(subject: Subject, curves: Iterable[Row]) -> list[Row]:
+    return [curve for curve in curves if curve["model"] in subject.model_names]
