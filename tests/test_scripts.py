@@ -275,14 +275,20 @@ def test_quickstart_carries_out_the_study_of_its_name(checkout: Checkout) -> Non
     assert done.returncode == 0, done.stderr
     out = checkout.elsewhere / "my runs"
     asked = [line for line in checkout.asked() if line.startswith("sinktrain")]
-    assert asked == [f"sinktrain study quickstart --out {out} --device gpu"]
-    said, report = done.stdout.splitlines()
-    assert said == "said by sinktrain study"
-    assert report.startswith(f"Report: {out}/compare/report.html (done in 0 min ")
+    compared, studied = asked
+    assert compared.startswith(
+        "sinktrain compare data/models/vanilla data/models/token --text data/addresses."
+    )
+    assert compared.endswith(f" --out {out}/pair")
+    assert studied == f"sinktrain study quickstart --out {out} --device gpu"
+    assert done.stdout.splitlines()[1::2] == ["said by sinktrain compare", "said by sinktrain study"]
+    reports = f"{out}/pair/report.html, and of your own two models {out}/compare/report.html"
+    assert done.stdout.splitlines()[-1].startswith(f"Reports: {reports} (done in 0 min ")
 
 
-def test_quickstart_ends_with_the_exit_code_of_its_study(checkout: Checkout) -> None:
-    done = checkout.run("quickstart", FAKE_FAILS="study")
+@pytest.mark.parametrize("failing", ["compare", "study"])
+def test_quickstart_ends_with_the_exit_code_of_what_failed(checkout: Checkout, failing: str) -> None:
+    done = checkout.run("quickstart", FAKE_FAILS=failing)
     assert done.returncode == 7
     assert "Report" not in done.stdout
 
@@ -330,8 +336,9 @@ def test_every_requirement_has_a_pin_that_meets_it() -> None:
         )
 
 
-def test_shipped_text_is_the_one_its_readme_describes() -> None:
-    packed = (ROOT / "data/shakespeare.txt.xz").read_bytes()
+@pytest.mark.parametrize(("name", "num_marks"), [("shakespeare", 42), ("addresses", 2)])
+def test_shipped_text_is_the_one_its_readme_describes(name: str, num_marks: int) -> None:
+    packed = (ROOT / f"data/{name}.txt.xz").read_bytes()
     text = lzma.decompress(packed)
     readme = (ROOT / "data/README.md").read_text()
     assert len(packed) <= 2_000_000
@@ -339,5 +346,5 @@ def test_shipped_text_is_the_one_its_readme_describes() -> None:
         assert f"{len(content):,} bytes" in readme
         assert hashlib.sha256(content).hexdigest() in readme
     lines = text.decode("ascii").splitlines()
-    assert sum("<|doc|>" in line for line in lines) == lines.count("<|doc|>") == 42
-    assert not re.search(r"gutenberg|copyright|https?:", text.decode(), re.IGNORECASE)
+    assert sum("<|doc|>" in line for line in lines) == lines.count("<|doc|>") == num_marks
+    assert not re.search(r"gutenberg|all rights reserved|\(c\)|https?:", text.decode(), re.IGNORECASE)

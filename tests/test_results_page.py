@@ -1,0 +1,80 @@
+"""RESULTS.md says what the committed results.json files say."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sinktrain.model.checkpoints import load_model
+from sinktrain.report.reading import read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "results"
+MODELS = ROOT / "data" / "models"
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("results_script", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("results_script", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_every_table_is_that_of_its_results(script: ModuleType) -> None:
+    page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    assert len(script.BLOCK.findall(page)) == page.count("<!-- data/") == page.count("<!-- end -->") > 0
+    assert script.rendered(page) == page
+
+
+def test_every_results_file_is_on_the_page_and_readable() -> None:
+    page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"<!-- (data/results/\S+):", page))
+    folders = {path.parent for path in ROOT.glob("data/results/*/results.json")}
+    assert {ROOT / name for name in named} == folders
+    for folder in folders:
+        results = read_results(folder)
+        assert results["perplexity"]
+        assert not re.search(r"/(tmp|home|work|root)/", json.dumps(results))
+
+
+def test_a_changed_number_is_found_and_mended(tmp_path: Path) -> None:
+    for name in ("RESULTS.md", "data/results", "scripts/results"):
+        to = tmp_path / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, to)
+    page = tmp_path / "RESULTS.md"
+    true = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(r"\| 43% \|", "| 44% |", true, count=1), encoding="utf-8")
+    assert page.read_text(encoding="utf-8") != true
+    check = [sys.executable, str(tmp_path / "scripts" / "results"), "--check"]
+    found = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr.count("\n")) == (1, 1)
+    assert "RESULTS.md differs from data/results" in found.stderr
+    subprocess.run(check[:-1], check=True)
+    assert page.read_text(encoding="utf-8") == true
+    subprocess.run(check, check=True)
+
+
+def test_the_shipped_pair_differs_in_its_sink_alone_and_is_small() -> None:
+    vanilla, token = (load_model(MODELS / arm) for arm in ("vanilla", "token"))
+    assert (vanilla.config.sink.kind, token.config.sink.kind) == ("none", "token")
+    assert vanilla.config.network == token.config.network
+    facts = [
+        json.loads((MODELS / arm / "config.json").read_text())["sinktrain"] for arm in ("vanilla", "token")
+    ]
+    for fact in ("seed", "tokens_seen", "data_fingerprint", "code_version"):
+        assert facts[0][fact] == facts[1][fact]
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 24e6
