@@ -34,7 +34,7 @@ from sinktrain.experiments.study_commands import (
 )
 from sinktrain.experiments.study_file import digest, merged, read_study, shipped_studies
 from sinktrain.experiments.study_pool import Board, Job, StudyStopped, call, train_all
-from sinktrain.experiments.study_training import begin, devices_of, is_done
+from sinktrain.experiments.study_training import adopt, begin, devices_of, is_done, recipes
 
 ARMS = {"vanilla": {}, "sink": {"config": "sink"}}
 RESULTS = "compare/results.json"
@@ -381,6 +381,26 @@ def test_a_finished_run_is_left_alone_and_left_out_by_another_recipe(
     run_study(longer, replace(options, stages=("compare",)))
     assert "vanilla: trained with another recipe; left out" in capfd.readouterr().err
     assert json.loads((options.out / "study.json").read_text())["runs"] == []
+
+
+def test_a_run_stays_when_seeds_join_it_or_leave(
+    write: Callable[..., Path], shards: Path, tmp_path: Path
+) -> None:
+    said = {"text": None, "shards": str(shards), "arms": {"vanilla": {}}}
+    out, data = tmp_path / "out", read_manifest(shards).fingerprint
+    options, one = Options(out, ("compare",), accelerator="cpu"), read_study(str(write(**said, seeds=[1])))
+    begin("vanilla", digest(one.recipe(one.runs[0]), data), options)
+    (out / "vanilla").mkdir()
+    (out / "vanilla" / "work").touch()
+    two = read_study(str(write(**said, seeds=[1, 2])))
+    for study, name in ((two, "vanilla-1"), (two, "vanilla-1"), (one, "vanilla")):
+        adopt(study, recipes(study, data), options)
+        assert (out / name / "work").exists()
+        assert [path.name for path in out.glob("vanilla*")] == [name]
+        assert [path.name for path in (out / "state").iterdir()] == [f"{name}.json"]
+    other = read_study(str(write(**said, seeds=[3, 4])))
+    adopt(other, recipes(other, data), options)
+    assert (out / "vanilla" / "work").exists()
 
 
 @pytest.mark.slow  # a process that imports lightning

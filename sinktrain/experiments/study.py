@@ -32,7 +32,7 @@ from sinktrain.experiments.study_commands import (
 )
 from sinktrain.experiments.study_file import Study, StudyRun, read_study
 from sinktrain.experiments.study_pool import call
-from sinktrain.experiments.study_training import devices_of, is_done, recipes, train
+from sinktrain.experiments.study_training import adopt, devices_of, is_done, recipes, train
 from sinktrain.files import write_json, write_text
 from sinktrain.training.run import RunFolder
 
@@ -63,6 +63,7 @@ def run_study(study: Study, options: Options) -> None:
     if prepares:
         _command("prepare", *preparing)
     recipe_of = recipes(study, read_manifest(shards).fingerprint)
+    adopt(study, recipe_of, options)
     failed = train(study, runs, recipe_of, shards, options) if trains else []
     done = [run for run in study.runs if is_done(run, recipe_of[run.name], options)]
     others = [run.name for run in study.runs if run not in done and _is_finished(run, options)]

@@ -88,7 +88,7 @@ def train_all(
         num_passed = 0
         while running or (waiting and not signums):
             free = [device for device in devices if device not in running and not signums]
-            for device, job in zip(free, [job for job in waiting if _is_free(job.run)], strict=False):
+            for device, job in zip(free, [job for job in waiting if is_free(job.run)], strict=False):
                 waiting.remove(job)
                 begin(job)
                 _start(job, device)
@@ -161,7 +161,7 @@ def _has_ended(job: Job) -> bool:
     return True
 
 
-def _is_free(run: Path) -> bool:
+def is_free(run: Path) -> bool:
     """Whether no process trains there, such as one of a killed study that is still saving."""
     try:
         with (run / LOCK).open("rb+") as lock:

@@ -16,7 +16,7 @@ from sinktrain.errors import ConfigError
 from sinktrain.experiments.study_board import StudyBoard
 from sinktrain.experiments.study_commands import SINKTRAIN, Options, fit_arguments
 from sinktrain.experiments.study_file import Study, StudyRun, digest
-from sinktrain.experiments.study_pool import Job, train_all
+from sinktrain.experiments.study_pool import Job, is_free, train_all
 from sinktrain.files import write_json
 from sinktrain.training.run import RunFolder
 
@@ -29,6 +29,19 @@ def recipes(study: Study, data_fingerprint: str) -> dict[str, str]:
 def is_done(run: StudyRun, recipe: str, options: Options) -> bool:
     """Whether it was trained to its end, with this recipe."""
     return _begun_with(run.name, options) == recipe and RunFolder(options.out / run.name).is_finished(0)
+
+
+def adopt(study: Study, recipe_of: Mapping[str, str], options: Options) -> None:
+    """Keep what was trained when seeds join a study of one seed, or leave: ``vanilla`` is now ``vanilla-1``."""
+    names = {run.name for run in study.runs}
+    for run in study.runs:
+        numbered = f"{run.arm.name}-{run.seed}"
+        before = run.arm.name if run.name == numbered else numbered
+        folder, there = options.out / run.name, options.out / before
+        is_it = before not in names and _begun_with(before, options) == recipe_of[run.name]
+        if is_it and there.is_dir() and not folder.exists() and is_free(there):
+            there.rename(folder)
+            _state_file(before, options).rename(_state_file(run.name, options))
 
 
 def train(
