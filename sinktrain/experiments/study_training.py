@@ -32,7 +32,7 @@ def is_done(run: StudyRun, recipe: str, options: Options) -> bool:
 
 
 def adopt(study: Study, recipe_of: Mapping[str, str], options: Options) -> None:
-    """Keep what was trained when seeds join one seed, or leave it alone: ``vanilla`` becomes ``vanilla-1``."""
+    """Keep what was trained when seeds join one, or leave it: ``vanilla`` becomes ``vanilla-1``, and back."""
     names = {run.name for run in study.runs}
     for run in study.runs:
         numbered = f"{run.arm.name}-{run.seed}"
