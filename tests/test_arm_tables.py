@@ -79,8 +79,8 @@ def test_models_without_further_seeds_stand_for_themselves() -> None:
 
 def test_what_was_not_measured_is_an_empty_cell() -> None:
     bare = {**RESULTS, "norms": [], "sink_metric": [], "sink_attention": []}
-    assert set(cells(arm_table(bare, "book.txt"), "sink").values()) >= {""}
-    assert cells(arm_table(bare, "book.txt"), "sink")["outliers"] == ""
+    found = cells(arm_table(bare, "book.txt"), "sink")
+    assert [found[name] for name in ("sink metric", "of", "outliers")] == ["", "", ""]
 
 
 def test_over_seeds_there_is_a_row_for_each_arm_and_layout_of_the_greatest_length() -> None:
@@ -150,6 +150,38 @@ def test_a_long_curve_is_told_at_points_that_grow_by_a_factor_up_to_its_end() ->
     assert (shown[0], shown[-1]) == (1, 64)
     assert table.rows[0][1:] == [f"{0.001 * (at - 1):+z.3f}" for at in shown]
     assert not emergence_table(results, "sink/metric").rows
+
+
+def test_curves_without_a_common_point_have_no_table() -> None:
+    results = example_results()
+    other = curve("sink", [0.1, 0.2], metric="stream/gap", tokens_seen=[0, 5])
+    results["training"] = [curve("vanilla", [0.1], metric="stream/gap"), other]
+    assert not emergence_table(results, "stream/gap").rows
+    results["training"] = [
+        row | {"tokens_seen": [0, 9_000][: len(row["value"])]} for row in results["training"]
+    ]
+    assert not emergence_table(results, "stream/gap").rows
+
+
+def test_losses_of_different_tokenizers_have_no_common_goal() -> None:
+    results = example_results()
+    results["training"] = [curve("vanilla", [4.0, 3.9]), curve("sink", [3.0, 2.9])]
+    results["models"][1]["tokenizer"] = "0" * 64
+    table = training_table(results)
+    assert table.header[-1] == "held-out loss"
+    assert [len(row) for row in table.rows] == [len(table.header)] * 2
+
+
+def test_telemetry_stands_beside_the_text_that_it_read() -> None:
+    results = example_results(texts=("a.txt", "b.txt"), seeds=True)
+    assert arm_table(results, "a.txt").header[-1] == "outliers"
+    assert arm_table(results, "b.txt").header[-1] == "dense"
+
+
+def test_seeds_of_one_arm_are_one_row_though_nothing_pairs_them() -> None:
+    alone = example_results(seeds=True, arms=("sink",)) | {"paired": []}
+    assert [row[:2] for row in arm_table(alone, "book.txt").rows] == [["sink", "3"]]
+    assert "## Arms on" in results_markdown(alone)
 
 
 def test_page_and_markdown_show_them() -> None:

@@ -342,7 +342,7 @@ def test_table_shows_the_numbers_of_the_results(run: Path, tmp_path: Path) -> No
     differences = section(text, "Streaming").split("| difference |")[1]
     assert "sink - vanilla" in differences
     assert "\n| sink | " not in differences  # of another model alone
-    assert "Where each keeps what it needs (sink 1+63, vanilla 4+60), sink is better than vanilla by" in text
+    assert "As each is usually streamed (sink 1+63, vanilla 4+60), sink is better than vanilla by" in text
     assert "which of two models ends up better can flip with it" in section(text, "Limitations")
 
 

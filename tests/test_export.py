@@ -416,9 +416,20 @@ def test_weights_too_large_for_the_dtype_are_refused(tmp_path: Path, tokenizer: 
     model = model_with(tokenizer)
     model.embed_out.weight.data[0, 0] = 1e6
     run = write_run_with_tokenizer(model, tokenizer, tmp_path / "run")
-    with pytest.raises(ExportError, match="a weight is too large for float16; use float32 or bfloat16"):
+    with pytest.raises(
+        ExportError,
+        match=r"--dtype float16 is too narrow for embed_out.weight of .*; use float32 or bfloat16",
+    ):
         export(run, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = model_with(tokenizer)
+    model.embed_out.weight.data[0, 0] = torch.nan
+    run = write_run_with_tokenizer(model, tokenizer, tmp_path / "run")
+    with pytest.raises(ExportError, match=r"is damaged: embed_out.weight holds what is no finite number"):
+        export(run, tmp_path / "out")
 
 
 def test_files_are_as_readable_as_others(exported: tuple[GPTNeoX, Path]) -> None:
@@ -491,15 +502,14 @@ def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 def test_export_with_other_logits_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    model = tiny_model(rotary_pct=1.0)
-    if broken == "not a number":
-        model.embed_out.weight[3, 3] = torch.nan
-    run = write_run(model, tmp_path / "run")
+    run = write_run(tiny_model(rotary_pct=1.0), tmp_path / "run")
     written: Callable[..., None] = export_module._write_model
 
     def spoil(folder: Path, model: GPTNeoX, *others: Any) -> None:
         if broken == "weights":
             model = tiny_model(rotary_pct=1.0, seed=1)
+        if broken == "not a number":
+            model.embed_out.weight[3, 3] = torch.nan
         written(folder, model, *others)
         if broken == "rotary":
             edit_json(folder / "config.json", remove=("rope_parameters",), rotary_pct=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -221,5 +222,11 @@ def test_the_course_of_a_run_and_its_time_are_those_of_its_rows(tmp_path: Path) 
         _curve("stream/gap", [15], [1500], [11.0], [0.25]),
         _curve("sink/metric", [15], [1500], [11.0], [0.5]),
     ]
+    table.append(36, {"val/loss": 3.9})
+    table.append(36, {"stream/gap": math.nan})
+    behind = curves(table.rows())[0]  # what was measured behind the last line of the log
+    assert (behind["tokens_seen"][-1], behind["train_seconds"][-1]) == (3600, 13.6)
+    assert [curve["metric"] for curve in curves(table.rows())] == ["val/loss", "stream/gap", "sink/metric"]
+    assert curves(table.rows())[1]["value"] == [0.25]
     assert train_seconds([]) == 0
     assert curves([]) == []

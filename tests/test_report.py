@@ -357,7 +357,7 @@ def test_verdict_compares_models_where_each_keeps_what_it_needs(
     both_four = a_pair("sink", "vanilla", 0.5, 0.008, "4+124")
     own = a_pair("sink", "vanilla", delta, 0.008, "1+127", "4+124")
     expected = [
-        f"Where each keeps what it needs (sink 1+127, vanilla 4+124), {words}{NOTE}).",
+        f"As each is usually streamed (sink 1+127, vanilla 4+124), {words}{NOTE}).",
         f"For a team: {advice}.",
     ]
     assert verdict_of(both_four, own) == expected
@@ -383,7 +383,7 @@ def test_verdict_falls_back_to_one_layout_that_keeps_what_both_need() -> None:
         (0.9, "sink needs its one slot, and with it streams better"),
         (0.019, "sink gains by its one slot, and with it streams better"),
         (0.0, "sink shows no need of its one slot, and with it streams better"),
-        (-0.5, "sink with its one slot streams better"),
+        (-0.5, "sink streams better here without its one slot, and with it streams better"),
     ],
 )
 def test_advice_tells_whether_the_sink_model_needs_its_slot(eviction: float, words: str) -> None:
@@ -437,7 +437,7 @@ def test_verdict_speaks_of_arms_and_never_of_one_seed_where_there_are_rows_over_
     assert sentences == [
         "Without its sink (0+128), sink loses 0.900 nats (95% interval 0.890 to 0.910 over 3 seeds), which "
         "its slot (1+127) repairs.",
-        "Where each keeps what it needs (sink 1+127, vanilla 4+124), sink is better than vanilla by 0.012 "
+        "As each is usually streamed (sink 1+127, vanilla 4+124), sink is better than vanilla by 0.012 "
         "nats (95% interval 0.004 to 0.020 over 3 seeds).",
         "For a team: sink needs its one slot, and with it streams better than vanilla with 4 slots.",
     ]
@@ -480,7 +480,7 @@ def test_a_model_outside_the_arms_is_compared_with_each_of_their_models() -> Non
     lost, better, advice = verdict_of(*pairs, models=models)
     assert lost.startswith("Without its first tokens (0+128), vanilla loses 0.080 nats")
     assert better == (
-        "Where each keeps what it needs (lone 1+127, vanilla 4+124), lone is better than vanilla by 0.012 to "
+        "As each is usually streamed (lone 1+127, vanilla 4+124), lone is better than vanilla by 0.012 to "
         "0.030 nats (2 models, each 95% interval over text clear of zero; not over seeds)."
     )
     assert advice == "For a team: lone with its one slot streams better than vanilla with 4 slots."
@@ -488,7 +488,7 @@ def test_a_model_outside_the_arms_is_compared_with_each_of_their_models() -> Non
     assert main_pairs(results, "book.txt") == [pairs[0], *pairs[2:]]
     lines = terminal_table(results).splitlines()
     assert "95% intervals over 3 seeds or text" in " ".join(lines)
-    assert lines[-2].split()[-2:] == ["text", "lone"]
+    assert any(line.split()[-2:] == ["text", "lone"] for line in lines)
 
 
 def test_verdict_compares_different_tokenizers_in_bits_per_byte_without_a_winner() -> None:
@@ -517,7 +517,7 @@ def test_verdict_compares_different_tokenizers_in_bits_per_byte_without_a_winner
 def test_verdict_says_that_models_were_not_compared_where_no_row_does(results: Results) -> None:
     results["paired"] = [a_pair("sink", "vanilla", -0.5, 0.01, "0+128")]
     assert findings.verdict_sentences(results) == [
-        "No measured row compares sink and vanilla where each keeps what it needs."
+        "No measured row compares sink and vanilla as each is usually streamed."
     ]
 
 
@@ -556,7 +556,7 @@ def test_verdict_counts_contests_where_models_are_many() -> None:
     ]
     better, advice = verdict_of(*against, models=many_models(*deltas))
     assert better == (
-        "Against m0, where each keeps what it needs: 2 of 5 models are measurably better, 1 of 5 models "
+        "Against m0, each as it is usually streamed: 2 of 5 models are measurably better, 1 of 5 models "
         "measurably worse, 1 of 5 models show no measurable difference, 1 could not be paired with it."
     )
     assert advice == "For a team: m1 and m2 stream better than m0; m3 streams worse than m0."
@@ -632,7 +632,7 @@ def test_models_that_failed_are_named_everywhere(results: Results) -> None:
 
 
 def test_verdict_of_nothing_says_so() -> None:
-    assert verdict_of() == ["No measured row compares sink and vanilla where each keeps what it needs."]
+    assert verdict_of() == ["No measured row compares sink and vanilla as each is usually streamed."]
     assert verdict_of(models=(a_model("vanilla"),)) == ["No differences were measured."]
     assert findings.verdict_sentences(some_results()) == ["No differences were measured."]
 
@@ -720,6 +720,8 @@ def test_limits_do_not_complain_of_what_was_done(results: Results) -> None:
     results["models"] = [a_model("vanilla", tokens_seen=None), a_model("sink", 1, tokens_seen=4_000_000_000)]
     results["paired"].append(over_seeds(a_pair("sink", "vanilla", -0.01, 0.02)))
     assert len(findings.limits(results)) == 1
+    results["paired"][-1]["num_seeds"] = 2
+    assert findings.limits(results)[-1].startswith("An interval over two seeds reaches 13 standard errors")
 
 
 def test_a_model_that_saw_no_token_is_young(results: Results) -> None:
@@ -944,6 +946,8 @@ def test_terminal_table_has_a_row_per_model_and_a_column_per_layout(results: Res
     assert lines[3].split() == ["vanilla", "9.98", "9.97", "9.97", "9.97", "9.97"]
     assert lines[4].split()[0] == "2.289-2.313"
     assert lines[5].split()[:2] == ["sink", "11.59"]
+    assert " ".join(" ".join(lines).split()).endswith(" ".join(findings.verdict_sentences(results)))
+    lines = lines[: lines.index("", 12)]
     last = "sink - vanilla 1+127 -0.012 -0.020 to -0.004 sink"
     assert " ".join(lines[-1].split()) == last
     assert lines[-3].endswith("  none")

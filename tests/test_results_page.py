@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import ModuleType
 
 import pytest
 
+from sinktrain.cli import main
 from sinktrain.model.checkpoints import load_model
 from sinktrain.report.reading import read_results
 
@@ -49,6 +51,22 @@ def test_every_results_file_is_on_the_page_and_readable() -> None:
         assert not re.search(r"/(tmp|home|work|root)/", json.dumps(results))
 
 
+def commands(page: Path) -> list[list[str]]:
+    """The commands of sinktrain that a page shows, without their placeholders' lines."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"`sinktrain ([^`]+)`|^sinktrain ([^`\n]+)$", text, re.MULTILINE)
+    return [shlex.split(quoted or alone) for quoted, alone in found if "KIND" not in quoted]
+
+
+@pytest.mark.parametrize("page", ["RESULTS.md", "data/README.md", "data/models/README.md"])
+def test_every_command_on_a_page_has_all_that_it_needs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = commands(ROOT / page)
+    assert found
+    for command in found:
+        assert main([*command, "--no-such-option"]) == 2, command
+        assert "no-such-option" in capsys.readouterr().err, command
+
+
 def test_a_changed_number_is_found_and_mended(tmp_path: Path) -> None:
     for name in ("RESULTS.md", "data/results", "scripts/results"):
         to = tmp_path / name
@@ -66,6 +84,10 @@ def test_a_changed_number_is_found_and_mended(tmp_path: Path) -> None:
     subprocess.run(check[:-1], check=True)
     assert page.read_text(encoding="utf-8") == true
     subprocess.run(check, check=True)
+    page.write_text(true.replace("<!-- end -->", "", 1), encoding="utf-8")
+    torn = subprocess.run(check[:-1], capture_output=True, text=True, check=False)
+    assert torn.returncode == 2
+    assert "RESULTS.md has a table that begins and does not end" in torn.stderr
 
 
 def test_the_shipped_pair_differs_in_its_sink_alone_and_is_small() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -397,3 +398,25 @@ def test_differences_name_every_key_that_differs() -> None:
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:
     RunFolder(tmp_path).check_is_ours("auto", {})
     RunFolder(tmp_path / "new").check_is_ours("none", {})
+
+
+@pytest.mark.parametrize(
+    ("manifest", "told"),
+    [
+        (None, None),
+        ("{broken", None),
+        ("[1, 2]", None),
+        ('{"hardware": "H100"}', None),
+        ('{"hardware": {"device": "H100"}}', None),
+        (
+            '{"hardware": {"device": "H100", "num_devices": 2, "train_seconds": 9.5}}',
+            {"device": "H100", "num_devices": 2, "train_seconds": 9.5},
+        ),
+    ],
+)
+def test_hardware_is_told_or_not_and_never_in_the_way(
+    manifest: str | None, told: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    assert RunFolder(tmp_path).read_hardware() == told

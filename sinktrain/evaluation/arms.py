@@ -257,8 +257,8 @@ def _probed(
 
 def _course(run: Path) -> list[Row]:
     """How training went, of a run's folder; of another MODEL nothing is known."""
-    hardware = (RunFolder(run).read_manifest() or {}).get("hardware")
-    return [{"hardware": hardware} | curve for curve in curves(MetricsTable(run / "metrics.csv").rows())]
+    found = curves(MetricsTable(run / "metrics.csv").rows())
+    return [{"hardware": RunFolder(run).read_hardware()} | curve for curve in found]
 
 
 def _telemetry(model: GPTNeoX, source: ModelSource, text: Streams) -> dict[str, list[Row]]:

@@ -80,7 +80,7 @@ def export(
     _check_free(out)
     if card.licence is not None:
         licence_id(card.licence)
-    model = _rounded(load_model(source, revision=revision), dtype)
+    model = _rounded(load_model(source, revision=revision), dtype, source)
     loads_as = _way_to_load(model.config.sink.kind)
     tokenizer_folder = find_tokenizer(source, revision)
     tokenizer = load_tokenizer(str(tokenizer_folder)) if tokenizer_folder else None
@@ -104,12 +104,18 @@ def export(
     return Exported(out, loads_as, max_logit_diff, tokenizer is not None)
 
 
-def _rounded(model: GPTNeoX, dtype: torch.dtype) -> GPTNeoX:
+def _rounded(model: GPTNeoX, dtype: torch.dtype, source: str | Path) -> GPTNeoX:
     """The float32 model with weights that ``dtype`` holds exactly."""
-    for weight in model.parameters():
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ExportError(
+                f"{source} is damaged: {name} holds what is no finite number; use another checkpoint"
+            )
         weight.data = weight.data.to(dtype).float()
         if not weight.isfinite().all():
-            raise ExportError(f"a weight is too large for {dtype_name(dtype)}; use float32 or bfloat16")
+            raise ExportError(
+                f"--dtype {dtype_name(dtype)} is too narrow for {name} of {source}; use float32 or bfloat16"
+            )
     return model
 
 

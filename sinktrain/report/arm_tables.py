@@ -5,11 +5,12 @@ An arm of one seed, and a model without an arm, stand for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from statistics import fmean
 
 from sinktrain.report import wording
 from sinktrain.report.contests import Subject, lengths_of, own_rows, subjects_of
+from sinktrain.report.findings import texts
 from sinktrain.report.probe_tables import is_null, place_words, sink_rows
 from sinktrain.report.quantized_tables import treatment_words
 from sinktrain.report.table import Table
@@ -17,26 +18,35 @@ from sinktrain.report.wording import Results, Row
 
 ARM_NOTE = (
     "Losses in nats, on average over seeds. Outliers: the largest hidden value of a layer over the median "
-    "one, in the layer where that is largest."
+    "one, in the layer where that is largest; in brackets, the first position left out. Losses of models "
+    "with different tokenizers can't be compared."
 )
 ROUNDING_NOTE = "On average over an arm's seeds, with the least and the largest, in the arm's own layout."
 SEED_NOTE = "Losses in nats; the last column is where the loss of one more seed is to be expected."
 
 
+def has_arms(results: Results) -> bool:
+    """Whether a row of these tables stands for several models."""
+    return any(len(subject.models) > 1 for subject in subjects_of(results))
+
+
 def arm_table(results: Results, text: str) -> Table:
-    """The losses of the greatest length and dense, the sink metric and outliers of every arm."""
+    """The losses of the greatest length and dense of every arm.
+
+    On the first text, which telemetry reads, the sink metric and outliers besides.
+    """
     rows = _rows_of_length(results, (row for row in results["perplexity"] if row["text"] == text))
     layouts = wording.layout_names(rows)
     metrics = [row for row in sink_rows(results) if row["eps"] == _smallest_eps(results)]
+    is_first = text == texts(results)[0]
     return Table(
-        ["arm", "seeds", *layouts, "sink metric", "of", "outliers"],
+        ["arm", "seeds", *layouts, *["sink metric", "of", "outliers"] * is_first],
         [
             [
                 subject.shown,
                 str(len(subject.models)),
-                *(_mean_cell(subject, rows, _in_layout(layout), "loss_nats") for layout in layouts),
-                *_metric_cells(subject, metrics),
-                _outlier_cell(subject, results["norms"]),
+                *(_mean_cell(subject, rows, layout) for layout in layouts),
+                *[*_metric_cells(subject, metrics), _outlier_cell(subject, results["norms"])] * is_first,
             ]
             for subject in subjects_of(results)
         ],
@@ -87,13 +97,9 @@ def _rows_of_length(results: Results, rows: Iterable[Row]) -> list[Row]:
     ]
 
 
-def _in_layout(layout: str) -> Callable[[Row], bool]:
-    return lambda row: wording.layout_name(row) == layout
-
-
-def _mean_cell(subject: Subject, rows: Iterable[Row], is_meant: Callable[[Row], bool], key: str) -> str:
-    values = [row[key] for row in _of(subject, rows) if is_meant(row)]
-    return f"{fmean(values):.3f}" if values else ""
+def _mean_cell(subject: Subject, rows: Iterable[Row], layout: str) -> str:
+    losses = [row["loss_nats"] for row in _of(subject, rows) if wording.layout_name(row) == layout]
+    return f"{fmean(losses):.3f}" if losses else ""
 
 
 def _metric_cells(subject: Subject, metrics: Iterable[Row]) -> tuple[str, str]:
@@ -110,11 +116,18 @@ def _smallest_eps(results: Results) -> float | None:
 
 
 def _outlier_cell(subject: Subject, norms: Iterable[Row]) -> str:
-    largest: dict[str, float] = {}
-    for row in _of(subject, norms):
-        if row["weights"] == "trained":
-            largest[row["model"]] = max(row["top1_over_median"], largest.get(row["model"], 0.0))
-    return wording.ratio_text(fmean(largest.values())) if largest else ""
+    """``327 (25.3)``: of the worst layer, and without the first position."""
+    trained = [row for row in _of(subject, norms) if row["weights"] == "trained"]
+    if not trained:
+        return ""
+    every, without = (
+        fmean(
+            max(row[key] for row in trained if row["model"] == model)
+            for model in {row["model"] for row in trained}
+        )
+        for key in ("top1_over_median", "top1_over_median_without_first")
+    )
+    return f"{wording.ratio_text(every)} ({wording.ratio_text(without)})"
 
 
 def _added_cell(subject: Subject, rows: Iterable[Row], column: tuple[str, str]) -> str:

@@ -127,7 +127,8 @@ def num_sinks(model: Row) -> int:
 
 
 def _arms_over_seeds(results: Results) -> set[str]:
-    return {pair[side] for pair in results["paired"] if pair["interval"] == "seeds" for side in "ab"}
+    paired = {pair[side] for pair in results["paired"] if pair["interval"] == "seeds" for side in "ab"}
+    return paired | {row["arm"] for row in results["arms"]}
 
 
 def main_pairs(results: Results, text: str) -> Pairs:

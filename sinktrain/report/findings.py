@@ -134,6 +134,11 @@ def limits(results: Results) -> list[str]:
             "these very models. They do not cover the training seed, and which of two models ends up better "
             "can flip with it."
         )
+    if any(pair["interval"] == "seeds" and pair["num_seeds"] == 2 for pair in results["paired"]):
+        sentences.append(
+            "An interval over two seeds reaches 13 standard errors either way: where it holds zero, that "
+            "says little, and where it does not, the two may have agreed by chance."
+        )
     if any(
         model["tokens_seen"] is not None and model["tokens_seen"] < YOUNG_MODEL_TOKENS
         for model in results["models"]

@@ -10,6 +10,7 @@ from sinktrain.report.arm_tables import (
     ROUNDING_NOTE,
     SEED_NOTE,
     arm_table,
+    has_arms,
     rounding_table,
     seed_table,
 )
@@ -64,14 +65,11 @@ def results_markdown(results: Results) -> str:
 
 
 def _arm_parts(results: Results, text: str) -> list[str]:
-    if not results["arms"]:
+    if not has_arms(results):
         return []
-    return [
-        f"## Arms on {escaped(text)}",
-        ARM_NOTE,
-        table_markdown(arm_table(results, text)),
-        _folded("Over seeds", SEED_NOTE, table_markdown(seed_table(results, text))),
-    ]
+    parts = [f"## Arms on {escaped(text)}", ARM_NOTE, table_markdown(arm_table(results, text))]
+    over_seeds = seed_table(results, text)
+    return [*parts, *[_folded("Over seeds", SEED_NOTE, table_markdown(over_seeds))] * bool(over_seeds.rows)]
 
 
 def _text_parts(results: Results, text: str) -> list[str]:
@@ -105,7 +103,7 @@ def _quantized_parts(results: Results) -> list[str]:
     for text in quantized_texts(results):
         parts += [f"## Quantisation on {escaped(text)}", NOTE]
         every = table_markdown(quantized_table(results, text))
-        if results["arms"]:
+        if has_arms(results):
             parts += [ROUNDING_NOTE, table_markdown(rounding_table(results, text))]
             parts.append(_folded("Every model", every))
         else:

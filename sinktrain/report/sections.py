@@ -8,6 +8,7 @@ from sinktrain.report.arm_tables import (
     ROUNDING_NOTE,
     SEED_NOTE,
     arm_table,
+    has_arms,
     rounding_table,
     seed_table,
 )
@@ -73,11 +74,14 @@ def sections(results: Results) -> list[Section]:
 
 
 def _arm_section(results: Results, text: str) -> Section | None:
-    if not results["arms"]:
+    if not has_arms(results):
         return None
-    over_seeds = table_html(seed_table(results, text), f"Arms over seeds on {text}")
-    table = table_html(arm_table(results, text), f"Arms on {text}")
-    return f"Arms on {text}", soft(ARM_NOTE) + table + closed("Over seeds", soft(SEED_NOTE), over_seeds)
+    content = soft(ARM_NOTE) + table_html(arm_table(results, text), f"Arms on {text}")
+    over_seeds = seed_table(results, text)
+    if over_seeds.rows:
+        table = table_html(over_seeds, f"Arms over seeds on {text}")
+        content += closed("Over seeds", soft(SEED_NOTE), table)
+    return f"Arms on {text}", content
 
 
 # -- losses -----------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def _quantized_section(results: Results) -> Section | None:
     for text in quantized_texts(results):
         rows = [row for row in results["quantized"] if row["text"] == text]
         label = f"Loss added by quantisation on {text}"
-        if results["arms"]:
+        if has_arms(results):
             table = soft(ROUNDING_NOTE) + table_html(rounding_table(results, text), label)
         else:
             table = table_html(quantized_table(results, text), label)
@@ -248,9 +252,9 @@ def _cost_section(results: Results) -> Section | None:
 def _training_section(results: Results) -> Section | None:
     words = "What the runs measured as they went; a sink shows itself long before the end, or not at all."
     tables = [
-        table_html(table, words)
+        soft(words) + table_html(table, words)
         for table, words in (
-            (training_tables.training_table(results), "Time to a held-out loss"),
+            (training_tables.training_table(results), "Time to a held-out loss."),
             *(
                 (training_tables.emergence_table(results, metric), words)
                 for metric, words in training_tables.EMERGING.items()

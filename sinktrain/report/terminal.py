@@ -1,4 +1,4 @@
-"""What ``sinktrain compare`` prints: perplexities, differences, then a line for each other measurement."""
+"""What ``sinktrain compare`` prints: perplexities, differences, a line for all else, and the verdict."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from sinktrain.report import wording
 from sinktrain.report.contests import main_pairs, own_rows
-from sinktrain.report.findings import failures, has_one_tokenizer, texts, tokens_scored
+from sinktrain.report.findings import failures, has_one_tokenizer, texts, tokens_scored, verdict_sentences
 from sinktrain.report.loss_tables import bits_cell, perplexity_cell, perplexity_cells
 from sinktrain.report.probe_tables import is_null, is_proxy, null_mass_text, sink_rows, untrained
 from sinktrain.report.table import COLUMN_GAP, Table
@@ -37,6 +37,8 @@ def terminal_table(results: Results, width: int = 100) -> str:
     ]
     if lines:
         parts.append("\n".join(_wrapped(line, width) for line in lines))
+    if results["paired"]:
+        parts += [_wrapped(sentence, width) for sentence in verdict_sentences(results)]
     return "\n\n".join(parts)
 
 

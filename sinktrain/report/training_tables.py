@@ -1,19 +1,19 @@
-"""The tables of how runs went: when they reached a loss that all reach, and when a sink emerged."""
+"""The tables of how runs went: when they came to a loss that all come to, and when a sink emerged."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from sinktrain.report.contests import Subject, subjects_of
+from sinktrain.report.findings import has_one_tokenizer
 from sinktrain.report.table import Table
-from sinktrain.report.wording import Results, Row, share_text
+from sinktrain.report.wording import Results, Row, count_text, printable, share_text
 
 NOTE = (
-    "Minutes are those of the steps on one device, or on all at once, the first compilation included and "
-    "validation left out; means over seeds."
+    "Minutes are those of the steps, on all devices at once, the first compilation included and validation "
+    "left out; means over seeds. A run that went on elsewhere tells its last hardware."
 )
 EMERGING = {
     "stream/gap": "What is lost without the first tokens, nats",
@@ -25,17 +25,15 @@ SHOWN_POINTS = 8
 
 
 def training_table(results: Results) -> Table:
-    """What each arm's runs took to their end, and to the held-out loss that all reach."""
+    """What each arm's runs took to their end, and to the highest of their last held-out losses."""
     curves = [row for row in results["training"] if row["metric"] == "val/loss" and "train_seconds" in row]
-    reached = max((curve["value"][-1] for curve in curves), default=0.0)
-    goal = math.ceil(1000 * reached) / 1000
+    goal = max((curve["value"][-1] for curve in curves), default=0.0)
+    goals = [f"tokens to {goal:.3f}", f"minutes to {goal:.3f}"] * has_one_tokenizer(results)
     return Table(
+        ["arm", "seeds", "hardware", "tokens", "minutes", "held-out loss", *goals],
         [
-            *("arm", "seeds", "hardware", "tokens", "minutes", "held-out loss"),
-            *(f"tokens to {goal:.3f}", f"minutes to {goal:.3f}"),
-        ],
-        [
-            [subject.shown, str(len(mine)), _hardware(mine), *_cells(mine, goal)]
+            [subject.shown, str(len(mine)), _hardware(mine), *_end_cells(mine)]
+            + [cell for cell in _goal_cells(mine, goal) if goals]
             for subject in subjects_of(results)
             for mine in [_of(subject, curves)]
             if mine
@@ -47,13 +45,14 @@ def emergence_table(results: Results, metric: str) -> Table:
     """A curve of every arm that has one, at some of the points that its runs share."""
     curves = [row for row in results["training"] if row["metric"] == metric]
     by_arm = [(subject, mine) for subject in subjects_of(results) if (mine := _of(subject, curves))]
-    shared = sorted(set.intersection(*(set(row["tokens_seen"]) for row in curves))) if curves else []
-    shown = _thinned(shared)
+    shared = set.intersection(*(set(row["tokens_seen"]) for row in curves)) if curves else set()
+    shown = _thinned(sorted(shared - {0}))
     return Table(
-        ["arm", *(f"{tokens / 1e6:,.1f}M" for tokens in shown)],
+        ["arm", *map(count_text, shown)],
         [
             [subject.shown, *(_value_cell(mine, tokens, metric) for tokens in shown)]
             for subject, mine in by_arm
+            if shown
         ],
     )
 
@@ -65,26 +64,25 @@ def _hardware(curves: Sequence[Row]) -> str:
         one["device"] if one["num_devices"] == 1 else f"{one['num_devices']} x {one['device']}"
         for one in told
     )
-    return ", ".join(dict.fromkeys(names))
+    return ", ".join(dict.fromkeys(map(printable, names)))
 
 
-def _cells(curves: Sequence[Row], goal: float) -> list[str]:
-    tokens, seconds, losses = (
+def _end_cells(curves: Sequence[Row]) -> list[str]:
+    tokens, seconds, loss = (
         fmean(curve[key][-1] for curve in curves) for key in ("tokens_seen", "train_seconds", "value")
     )
-    to_goal = (fmean(_when(curve, key, goal) for curve in curves) for key in ("tokens_seen", "train_seconds"))
-    goal_tokens, goal_seconds = to_goal
-    return [
-        f"{tokens / 1e6:,.1f}M",
-        f"{seconds / 60:.2f}",
-        f"{losses:.3f}",
-        f"{goal_tokens / 1e6:,.1f}M",
-        f"{goal_seconds / 60:.2f}",
-    ]
+    return [count_text(tokens), f"{seconds / 60:.2f}", f"{loss:.3f}"]
+
+
+def _goal_cells(curves: Sequence[Row], goal: float) -> list[str]:
+    tokens, seconds = (
+        fmean(_when(curve, key, goal) for curve in curves) for key in ("tokens_seen", "train_seconds")
+    )
+    return [count_text(tokens), f"{seconds / 60:.2f}"]
 
 
 def _when(curve: Row, key: str, goal: float) -> float:
-    """Where a falling curve first reaches the goal, on a straight line between its points."""
+    """Where a curve first reaches the goal, on a straight line between its points."""
     losses, at = curve["value"], curve[key]
     first = next(index for index, loss in enumerate(losses) if loss <= goal)
     if first == 0:
@@ -94,13 +92,12 @@ def _when(curve: Row, key: str, goal: float) -> float:
 
 
 def _thinned(points: Sequence[int]) -> list[int]:
-    """At most ``SHOWN_POINTS``, by constant factors, the first behind 0 and the last among them."""
-    later = [point for point in points if point > 0]
-    if len(later) <= SHOWN_POINTS:
-        return later
-    factor = (later[-1] / later[0]) ** (1 / (SHOWN_POINTS - 1))
-    wanted = (later[0] * factor**power for power in range(SHOWN_POINTS - 1))
-    return sorted({later[bisect_left(later, want * 0.999)] for want in wanted} | {later[-1]})
+    """At most ``SHOWN_POINTS``, by constant factors, the first and the last among them."""
+    if len(points) <= SHOWN_POINTS:
+        return list(points)
+    factor = (points[-1] / points[0]) ** (1 / (SHOWN_POINTS - 1))
+    wanted = (points[0] * factor**power for power in range(SHOWN_POINTS - 1))
+    return sorted({points[bisect_left(points, want * 0.999)] for want in wanted} | {points[-1]})
 
 
 def _value_cell(curves: Iterable[Row], tokens: int, metric: str) -> str:

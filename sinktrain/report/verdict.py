@@ -115,7 +115,7 @@ def _further_repair(eviction: Eviction) -> str:
 
 
 def _contest_sentence(results: Results, contests: Sequence[Contest]) -> str:
-    """Which is better where each keeps what it needs."""
+    """Which is better as each is usually streamed: with its own sinks, or four slots if it has none."""
     if len(contests) <= MOST_IN_FULL:
         return "; ".join(_contest_clause(results, contest) for contest in contests)
     counts = Counter(sign_of(contest.pairs) for contest in contests if contest.pairs)
@@ -131,7 +131,7 @@ def _contest_sentence(results: Results, contests: Sequence[Contest]) -> str:
         if counts[sign]
     ]
     parts += [f"{unpaired} could not be paired with it"] * (unpaired > 0)
-    return f"against {contests[0].base.shown}, where each keeps what it needs: {', '.join(parts)}"
+    return f"against {contests[0].base.shown}, each as it is usually streamed: {', '.join(parts)}"
 
 
 def _contest_clause(results: Results, contest: Contest) -> str:
@@ -142,7 +142,7 @@ def _contest_clause(results: Results, contest: Contest) -> str:
     kept = (
         f"where both keep {a}"
         if a == b
-        else f"where each keeps what it needs ({subject.shown} {a}, {base.shown} {b})"
+        else f"as each is usually streamed ({subject.shown} {a}, {base.shown} {b})"
     )
     is_one_seed = len(subject.models) == len(base.models) == 1
     note = "" if pairs[0]["interval"] == "seeds" else SEED_NOTE if is_one_seed else "; not over seeds"
@@ -163,7 +163,7 @@ def _unpaired_clause(results: Results, subject: Subject, base: Subject) -> str:
     """Models of different tokenizers: bits per byte side by side, and what that can't say."""
     names = f"{subject.shown} and {base.shown}"
     if subject.models[0]["tokenizer"] == base.models[0]["tokenizer"]:
-        return f"no measured row compares {names} where each keeps what it needs"
+        return f"no measured row compares {names} as each is usually streamed"
     why = f"the tokenizers of {names} differ, so their losses are not paired"
     texts = dict.fromkeys(row["text"] for row in results["perplexity"])
     parts = [
@@ -238,13 +238,15 @@ def _advice(contest: Contest, eviction: Eviction) -> str:
 
 
 def _needs_words(eviction: Eviction) -> str:
-    """``needs its one slot``; nothing where texts or models disagree, or eviction is a gain."""
-    match sign_of(eviction.pairs):
+    """``needs its one slot``; nothing where texts or models disagree."""
+    match sign_of(eviction.pairs) if eviction.pairs else None:
         case 1:
             least = min(pair["ci95"][0] for pair in eviction.pairs)
             return f"{'needs' if least >= NEED_NATS else 'gains by'} {_own_slots(eviction.subject)}"
         case 0:
             return f"shows no need of {_own_slots(eviction.subject)}"
+        case -1:
+            return f"streams better here without {_own_slots(eviction.subject)}"
     return ""
 
 
@@ -266,10 +268,9 @@ def _many_advice(contests: Sequence[Contest]) -> list[str]:
 
 def _own_advice(eviction: Eviction) -> str:
     name, needs = eviction.subject.shown, _needs_words(eviction)
-    slots = _own_slots(eviction.subject)
-    if sign_of(eviction.pairs) == -1:
-        return f"{name} streams better here without {slots}"
-    return f"{name} {needs}" if needs else f"whether {name} needs {slots} differs from case to case"
+    if needs:
+        return f"{name} {needs}"
+    return f"whether {name} needs {_own_slots(eviction.subject)} differs from case to case"
 
 
 def _memory_words(results: Results) -> list[str]:

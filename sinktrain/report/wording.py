@@ -88,6 +88,14 @@ def share_interval_text(row: Row) -> str:
     return f"{share_text(low)} to {share_text(high)}"
 
 
+def count_text(count: float) -> str:
+    """``9.0k``, ``16.4M``, ``75.0B``."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f}{unit}"
+    return f"{count:.0f}"
+
+
 def bytes_text(num_bytes: float) -> str:
     """``9.5 MB``, in units of 1000."""
     for unit in ("B", "kB", "MB"):

@@ -6,11 +6,10 @@ Lightning 2.6.6's CSVLogger deletes an existing file when a run goes on in the s
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from sinktrain.files import atomic_path
 
@@ -84,18 +83,18 @@ def curves(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     ``train_seconds`` (the steps' time until then, first compilation included) and ``value``.
     """
     progress = _progress(rows)
-    steps, tokens, seconds = zip(*progress, strict=True)
     found = []
     for metric in CURVES:
         points = [(int(row["step"]), float(row[metric])) for row in rows if row.get(metric)]
-        at = [step for step, _ in points]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
         if points and len(progress) > 1:
+            reached = [_reached(progress, step) for step, _ in points]
             found.append(
                 {
                     "metric": metric,
-                    "step": at,
-                    "tokens_seen": [round(count) for count in np.interp(at, steps, tokens)],
-                    "train_seconds": [round(time, 3) for time in np.interp(at, steps, seconds).tolist()],
+                    "step": [step for step, _ in points],
+                    "tokens_seen": [round(one.tokens) for one in reached],
+                    "train_seconds": [round(one.seconds, 3) for one in reached],
                     "value": [value for _, value in points],
                 }
             )
@@ -117,3 +116,12 @@ def _progress(rows: Sequence[Mapping[str, str]]) -> list[_Progress]:
             spent = (tokens - found[-1].tokens) / float(row["tokens_per_s"])
             found.append(_Progress(int(row["step"]), tokens, found[-1].seconds + spent))
     return found
+
+
+def _reached(progress: Sequence[_Progress], step: int) -> _Progress:
+    """Where a run was at a step: on the line between two that told, or on behind the last as before it."""
+    after = next((index for index, one in enumerate(progress) if one.step >= step), len(progress) - 1)
+    before, after_it = progress[max(0, after - 1)], progress[max(1, after)]
+    share = (step - before.step) / max(1, after_it.step - before.step)
+    tokens = before.tokens + share * (after_it.tokens - before.tokens)
+    return _Progress(step, tokens, before.seconds + share * (after_it.seconds - before.seconds))

@@ -53,6 +53,19 @@ class RunFolder:
             raise ConfigError(f"{self.manifest} is not readable ({error}); choose another --run") from error
         return value
 
+    def read_hardware(self) -> dict[str, Any] | None:
+        """``device``, ``num_devices``, ``train_seconds`` of a finished run; None where it does not tell."""
+        try:
+            told = json.loads(self.manifest.read_text(encoding="utf-8"))["hardware"]
+            hardware = {
+                "device": str(told["device"]),
+                "num_devices": int(told["num_devices"]),
+                "train_seconds": float(told["train_seconds"]),
+            }
+        except (OSError, ValueError, KeyError, TypeError):  # no manifest, a damaged or an older one
+            return None
+        return hardware
+
     def read_id(self) -> str | None:
         """The id drawn when the run began; loggers know it by this."""
         manifest = self.read_manifest()
