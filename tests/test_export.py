@@ -396,20 +396,20 @@ def test_old_float16_folder_of_others_is_exported_in_full(tmp_path: Path, tokeni
 
 
 @pytest.mark.parametrize("sink", ["none", "token", "kv_bias", "gate"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_weights_are_rounded_to_the_dtype_asked_for_and_checked_so(
-    sink: str, dtype: torch.dtype, tmp_path: Path, tokenizer: Tokenizer
+    sink: str, name: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     run = write_run_with_tokenizer(model_with(tokenizer, sink), tokenizer, tmp_path / "run")
-    exported = export(run, tmp_path / "out", dtype=dtype)
+    exported, dtype = export(run, tmp_path / "out", dtype=name), getattr(torch, name)
     stored = load_file(exported.folder / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {dtype}
     config = read_json(exported.folder / "config.json")
-    assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert config["dtype"] == config["torch_dtype"] == name
     assert exported.max_logit_diff < 1e-4
     ours, theirs = load_model(run).state_dict(), load_model(exported.folder).state_dict()
-    for name, weight in ours.items():
-        assert theirs[name].equal(weight.to(dtype).float()), name
+    for part, weight in ours.items():
+        assert theirs[part].equal(weight.to(dtype).float()), part
 
 
 def test_weights_too_large_for_the_dtype_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -420,7 +420,7 @@ def test_weights_too_large_for_the_dtype_are_refused(tmp_path: Path, tokenizer: 
         ExportError,
         match=r"--dtype float16 is too narrow for embed_out.weight of .*; use float32 or bfloat16",
     ):
-        export(run, tmp_path / "out", dtype=torch.float16)
+        export(run, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 
 

@@ -63,15 +63,15 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     place = tmp_path_factory.mktemp("exports")
 
     @cache
-    def made(model: str, card: CardOptions, written_at: int) -> Path:
+    def made(model: str, card: CardOptions, dtype: str, written_at: int) -> Path:
         folder = place / str(made.cache_info().misses)
-        return export(model, folder, card).folder
+        return export(model, folder, card, dtype=dtype).folder
 
-    def export_once(model: str, out: Path, card: CardOptions) -> None:
+    def export_once(model: str, out: Path, card: CardOptions, dtype: str) -> None:
         checkpoint = next(
             path for path in (Path(model) / "checkpoints" / "last.ckpt", Path(model)) if path.is_file()
         )
-        shutil.copytree(made(model, card, checkpoint.stat().st_mtime_ns), out)
+        shutil.copytree(made(model, card, dtype, checkpoint.stat().st_mtime_ns), out)
 
     return export_once
 
@@ -328,6 +328,14 @@ def test_dry_run_shows_files_and_card_and_asks_nobody(
     assert weights < size < weights + 4096
     assert said.out.count("library_name: transformers") == 1
     assert hub.requests == []
+
+
+def test_weights_can_be_published_rounded(publish: Publish, home: Path) -> None:
+    def size(*options: str) -> int:
+        said = publish(home / "vanilla", "--repo-id", "lab/x", "--dry-run", "--json", *options)
+        return int(json.loads(said.out)[0]["files"]["model.safetensors"])
+
+    assert size("--dtype", "float16") < 0.6 * size()
 
 
 def test_dry_run_as_json(publish: Publish, home: Path) -> None:

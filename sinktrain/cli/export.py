@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from sinktrain.cli.parsing import MODEL_FORMS, add_revision_option, make_parser
+from sinktrain.cli.parsing import MODEL_FORMS, add_revision_option, add_rounding_option, make_parser
 from sinktrain.cli.printing import print_json
 
 LOADS_WITH = {
@@ -14,7 +14,6 @@ LOADS_WITH = {
     "prefix": "transformers and its prefix_cache.safetensors, as its README.md shows",
     "code": "transformers and trust_remote_code=True",
 }
-EXPORTED_DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def export(arguments: list[str]) -> int:
@@ -27,17 +26,13 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help=MODEL_FORMS)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     add_revision_option(parser)
-    parser.add_argument(
-        "--dtype", default="float32", choices=EXPORTED_DTYPES, help="of the weights (float32)"
-    )
+    add_rounding_option(parser)
     options = parser.parse_args(arguments)
-    import torch
-
     from sinktrain.model.hub import at_revision
     from sinktrain.publishing.export import export as write_folder
 
     model = at_revision(options.model, options.revision)
-    exported = write_folder(model, options.out, dtype=getattr(torch, options.dtype))
+    exported = write_folder(model, options.out, dtype=options.dtype)
     if options.json:
         print_json(asdict(exported))
         return 0

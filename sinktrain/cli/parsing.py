@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MODEL_FORMS = "run folder, .ckpt file, Hugging Face folder, or ORG/NAME or ORG/NAME@REVISION of the Hub"
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
+WRITTEN_DTYPES = ["float32", "bfloat16", "float16"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,6 +60,13 @@ def add_device_options(parser: argparse.ArgumentParser, default_dtype: str | Non
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument(
         "--dtype", default=default_dtype, choices=DTYPES, help=f"of the weights (default: {default})"
+    )
+
+
+def add_rounding_option(parser: argparse.ArgumentParser) -> None:
+    """``--dtype`` of commands that write weights; see ``publishing.export``."""
+    parser.add_argument(
+        "--dtype", default="float32", choices=WRITTEN_DTYPES, help="round weights to it (default: float32)"
     )
 
 

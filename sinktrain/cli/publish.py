@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinktrain.cli.parsing import Parser, make_parser
+from sinktrain.cli.parsing import Parser, add_rounding_option, make_parser
 from sinktrain.cli.printing import print_json
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _parser() -> Parser:
         help="all: each kept checkpoint too, as branch step<N> (default: last)",
     )
     parser.add_argument("--license", dest="licence", metavar="SPDX", help="for the card, such as apache-2.0")
+    add_rounding_option(parser)
     parser.add_argument(
         "--collection", metavar="TITLE", help="put it there (default: NAME for several models, none for one)"
     )

@@ -33,6 +33,7 @@ CHECKED_LENGTHS = (1, 2, 33, 256)
 CHECKED_STEPS = 8
 ABSOLUTE_TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5  # of the largest logit: float32 keeps no more of logits beyond 10
+_WRITTEN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKED_TEXTS = ("A first line.", "A second one, longer, so that the first is padded.")
 
 
@@ -58,7 +59,7 @@ def export(
     out: str | Path,
     card: CardOptions | None = None,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
 ) -> Exported:
     """Write ``source``, any form of MODEL, to the new folder ``out`` in transformers' format.
 
@@ -67,7 +68,8 @@ def export(
     Args:
         card: what its README.md says besides what the model itself tells.
         revision: branch, tag or commit of a Hub id.
-        dtype: what the weights are rounded to; logits are checked in float32, from the rounded weights.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, which the weights are rounded to; logits are checked
+            in float32, from the rounded weights.
 
     Raises:
         ModelError, DataError: the model or its tokenizer cannot be read.
@@ -80,7 +82,8 @@ def export(
     _check_free(out)
     if card.licence is not None:
         licence_id(card.licence)
-    model = _rounded(load_model(source, revision=revision), dtype, source)
+    written = _WRITTEN[dtype]
+    model = _rounded(load_model(source, revision=revision), written, source)
     loads_as = _way_to_load(model.config.sink.kind)
     tokenizer_folder = find_tokenizer(source, revision)
     tokenizer = load_tokenizer(str(tokenizer_folder)) if tokenizer_folder else None
@@ -91,7 +94,7 @@ def export(
     compared = read_compared(card.results, origin, model.config, num_parameters) if card.results else None
     made = model_card(out.name, model.config, num_parameters, origin, card, training, compared)
     with _folder_in_making(out) as folder:
-        _write_model(folder, model, tokenizer, origin, training.facts, dtype)
+        _write_model(folder, model, tokenizer, origin, training.facts, written)
         if tokenizer:
             _write_tokenizer(folder, model, tokenizer)
         write_text(folder / "README.md", made.text)

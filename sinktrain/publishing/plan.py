@@ -32,6 +32,7 @@ class Publication:
         tag: a name for good of the commit on that branch.
         all_checkpoints: publish each kept checkpoint of a run folder too, as branch ``step<N>``.
         licence: SPDX id for the card.
+        dtype: what weights are rounded to, ``float32``, ``bfloat16`` or ``float16``.
         collection: title of the collection; NAME where several models are published, none for one.
         may_replace: put the model in the place of another one.
         without_tokenizer: publish a model that has none.
@@ -46,6 +47,7 @@ class Publication:
     tag: str | None = None
     all_checkpoints: bool = False
     licence: str | None = None
+    dtype: str = "float32"
     collection: str | None = None
     may_replace: bool = False
     without_tokenizer: bool = False

@@ -204,7 +204,7 @@ class Exports:
         results = self.asked.results if target.is_last else None  # which are no other checkpoint's
         revision = None if target.branch == "main" else target.branch
         options = CardOptions(target.repo_id, self.asked.licence, results, results is not None, revision)
-        export(target.model, folder, card=options)
+        export(target.model, folder, card=options, dtype=self.asked.dtype)
         if results is not None:
             shutil.copytree(comparison, folder / COMPARISON_FOLDER)
         return folder
