@@ -72,7 +72,9 @@ class Watch:
         self.rank = rank
         self.fellows = fellows
         self.checkpoints = checkpoints
+        self._first_dead: list[int] = []
         self._is_over = threading.Event()
+        self._leaving = threading.Lock()
         threading.Thread(target=self._look, daemon=True, name="companions").start()
 
     def close(self) -> None:
@@ -96,17 +98,21 @@ class Watch:
                 return
 
     def _dead(self) -> list[int]:
-        return [rank for rank, process in self.fellows.items() if not process.is_alive]
+        """Who was found dead first: fellows that end because of it are no news."""
+        if not self._first_dead:
+            self._first_dead = [rank for rank, process in self.fellows.items() if not process.is_alive]
+        return self._first_dead
 
     def _end(self, dead: list[int]) -> None:
         """Say what happened, once for the host, and leave; whatever the main thread waits for."""
+        self._leaving.acquire()  # the other thread, which may come to see it too, stands still here
         speaker = min({self.rank, *self.fellows} - set(dead))
         if self.rank == speaker:
             who = ", ".join(f"rank {rank} (pid {self.fellows[rank].pid})" for rank in dead)
             have = "has" if len(dead) == 1 else "have"
             line = f"sinktrain fit: {who} {have} died; {what_continues(self.checkpoints)}"
             print(line, file=sys.stderr, flush=True)
-        time.sleep(LOOK_EVERY_S)  # or fellows would count this one among the dead
+        time.sleep(2 * LOOK_EVERY_S)  # or fellows that have not looked would count this one among the dead
         os._exit(1)
 
 
