@@ -300,7 +300,7 @@ def test_the_table_shows_the_rate_the_floor_and_the_ratios(run_folder, capsys):
     assert out.startswith("cpu (")
     assert re.search(r"^floor: .* TFLOP/s, as a product of 64 x 64 matrices takes$", out, re.MULTILINE)
     assert "\ntiny, float32\n" in out
-    numbers = r" +[\d,]+ +[\d,]+ +[\d.]+ +[\d.,]+ +[\d.,]+ +[\d.]+ +[\d.]+$"
+    numbers = r"( +[\d.,]+){7}$"  # a worker that has run other tests may hold 1,000 MB and more
     assert re.search(rf"^1\+15{numbers}", out, re.MULTILINE)
     assert re.search(rf"^2\+14{numbers}", out, re.MULTILINE)
     assert "  1+15: 2 streams of 256 tokens; stepping " in out
