@@ -527,23 +527,30 @@ echo "4$(wc -l <"$SBATCH_LOG");cluster"
 """
 
 
-def test_on_slurm_each_run_is_a_task_and_a_job_behind_them_compares(
-    write: Callable[..., Path],
-    shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A PATH with a stand-in for sbatch, which notes what it was asked in ``tmp_path / "log"``."""
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(SBATCH)
     sbatch.chmod(0o755)
     monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
+    return f"{sbatch.parent}:{os.environ['PATH']}"
+
+
+def test_on_slurm_each_run_is_a_task_and_a_job_behind_them_compares(
+    write: Callable[..., Path],
+    shards: Path,
+    cluster: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = str(write(text=None, shards=str(shards)))
     typed = ["study", path, "--out", str(tmp_path / "out"), "--launcher", "slurm"]
     assert main(typed) == 2
     assert "no sbatch here; " in capsys.readouterr().err
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", cluster)
     assert main(typed) == 0
     assert capsys.readouterr().out.startswith("submitted as jobs 41 and 42; watch ")
     array, rest = (tmp_path / "log").read_text().splitlines()
@@ -567,16 +574,12 @@ def test_on_slurm_each_run_is_a_task_and_a_job_behind_them_compares(
 def test_slurm_gets_what_was_asked_and_no_name_is_a_command(
     write: Callable[..., Path],
     shards: Path,
+    cluster: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(SBATCH)
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", cluster)
     path = write(text=None).rename(tmp_path / "a'b\ntouch oops #.yaml")
     out = tmp_path / "o u't"
     typed = ["study", str(path), "--out", str(out), "--text", str(shards), "--launcher", "slurm"]

@@ -147,10 +147,10 @@ def _probe_parts(results: Results) -> list[str]:
 def _training_parts(results: Results) -> list[str]:
     table = training_tables.training_table(results)
     parts = ["## Training", training_tables.NOTE, table_markdown(table)] if table.rows else []
-    for metric, words in training_tables.EMERGING.items():
+    for metric in training_tables.EMERGING:
         table = training_tables.emergence_table(results, metric)
         if table.rows:
-            parts += [f"{words}, by tokens seen:", table_markdown(table)]
+            parts += [f"{training_tables.CAPTIONS[metric]} (by tokens seen)", table_markdown(table)]
     return parts
 
 

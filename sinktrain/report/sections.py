@@ -256,8 +256,8 @@ def _training_section(results: Results) -> Section | None:
         for table, words in (
             (training_tables.training_table(results), "Time to a held-out loss."),
             *(
-                (training_tables.emergence_table(results, metric), words)
-                for metric, words in training_tables.EMERGING.items()
+                (training_tables.emergence_table(results, metric), training_tables.CAPTIONS[metric])
+                for metric in training_tables.EMERGING
             ),
         )
         if table.rows

@@ -15,11 +15,14 @@ NOTE = (
     "Minutes are those of the steps, on all devices at once, the first compilation included and validation "
     "left out; means over seeds. A run that went on elsewhere tells its last hardware."
 )
-EMERGING = {
-    "stream/gap": "What is lost without the first tokens, nats",
+CAPTIONS = {
+    "val/loss": "Held-out loss, nats",
+    "stream/gap": "Streaming gap, nats: what is lost without the first tokens",
     "sink/metric": "Sink metric of the first token",
     "sink/metric_null": "Sink metric of the null slot",
 }
+EMERGING = [metric for metric in CAPTIONS if metric != "val/loss"]
+"""What has a table of its curves."""
 SHOWN_POINTS = 8
 """Of a curve in a table; the plots show all."""
 
@@ -32,8 +35,10 @@ def training_table(results: Results) -> Table:
     return Table(
         ["arm", "seeds", "hardware", "tokens", "minutes", "held-out loss", *goals],
         [
-            [subject.shown, str(len(mine)), _hardware(mine), *_end_cells(mine)]
-            + [cell for cell in _goal_cells(mine, goal) if goals]
+            [
+                *(subject.shown, str(len(mine)), _hardware(mine), *_end_cells(mine)),
+                *(_goal_cells(mine, goal) if goals else []),
+            ]
             for subject in subjects_of(results)
             for mine in [_of(subject, curves)]
             if mine

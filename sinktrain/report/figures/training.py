@@ -5,14 +5,8 @@ from __future__ import annotations
 from sinktrain.report.figures.look import model_looks
 from sinktrain.report.figures.source import Source
 from sinktrain.report.figures.spec import Figure, axis, layout, points
+from sinktrain.report.training_tables import CAPTIONS
 from sinktrain.report.wording import Results
-
-CAPTIONS = {
-    "val/loss": "Held-out loss, nats",
-    "stream/gap": "Streaming gap, nats: what is lost without the first tokens",
-    "sink/metric": "Sink metric of the first token",
-    "sink/metric_null": "Sink metric of the null slot",
-}
 
 
 def training_figures(results: Results) -> list[Figure]:
