@@ -33,7 +33,6 @@ CHECKED_LENGTHS = (1, 2, 33, 256)
 CHECKED_STEPS = 8
 ABSOLUTE_TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5  # of the largest logit: float32 keeps no more of logits beyond 10
-_WRITTEN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKED_TEXTS = ("A first line.", "A second one, longer, so that the first is padded.")
 
 
@@ -82,7 +81,7 @@ def export(
     _check_free(out)
     if card.licence is not None:
         licence_id(card.licence)
-    written = _WRITTEN[dtype]
+    written: torch.dtype = getattr(torch, dtype)
     model = _rounded(load_model(source, revision=revision), written, source)
     loads_as = _way_to_load(model.config.sink.kind)
     tokenizer_folder = find_tokenizer(source, revision)
