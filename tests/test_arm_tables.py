@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -25,14 +25,19 @@ def cells(table: Table, first: str) -> dict[str, str]:
     return dict(zip(table.header, row, strict=True))
 
 
-def mean(name: str, arm: str, key: str, **wanted: Any) -> float:
+def values(name: str, arm: str, key: str, **wanted: Any) -> list[float]:
     rows = [
         row
         for row in RESULTS[name]
         if row["model"].startswith(f"{arm}-seed") and wanted.items() <= row.items()
     ]
     assert len(rows) == 3
-    return fmean(row[key] for row in rows)
+    return [row[key] for row in rows]
+
+
+def reach(three: list[float]) -> float:
+    """Half of the 95% interval of the mean of three: Student's t with two degrees of freedom is 4.3027."""
+    return 4.3027 * stdev(three) / 3**0.5
 
 
 def test_an_arms_row_is_the_mean_of_its_seeds() -> None:
@@ -52,9 +57,13 @@ def test_an_arms_row_is_the_mean_of_its_seeds() -> None:
     ]
     sink = cells(table, "sink")
     assert sink["seeds"] == "3"
-    loss = mean("perplexity", "sink", "loss_nats", policy="streaming", sinks=0, window=64)
-    assert sink["0+64"] == f"{loss:.3f}"
-    assert sink["dense"] == f"{mean('perplexity', 'sink', 'loss_nats', policy='dense'):.3f}"
+    for layout, wanted in {
+        "0+64": {"policy": "streaming", "sinks": 0, "window": 64},
+        "dense": {"policy": "dense"},
+    }.items():
+        losses = values("perplexity", "sink", "loss_nats", **wanted)
+        told, half = map(float, sink[layout].split(" ± "))
+        assert (told, half) == pytest.approx((fmean(losses), reach(losses)), abs=6e-4)
 
 
 def test_the_sink_metric_is_that_of_own_sinks_or_the_null_slot_or_the_first_token() -> None:
@@ -65,8 +74,9 @@ def test_the_sink_metric_is_that_of_own_sinks_or_the_null_slot_or_the_first_toke
         "null slot",
         "first text token",
     ]
-    value = mean("sink_metric", "zero", "value", weights="trained", position=-1, eps=0.3)
-    assert cells(table, "zero")["sink metric"] == f"{100 * value:.0f}%"
+    shares = values("sink_metric", "zero", "value", weights="trained", position=-1, eps=0.3)
+    told, half = (float(text.removesuffix("%")) for text in cells(table, "zero")["sink metric"].split(" ± "))
+    assert (told, half) == pytest.approx((100 * fmean(shares), 100 * reach(shares)), abs=0.6)
 
 
 def test_models_without_further_seeds_stand_for_themselves() -> None:
@@ -92,7 +102,7 @@ def test_over_seeds_there_is_a_row_for_each_arm_and_layout_of_the_greatest_lengt
         assert [float(end) for end in text.split(" to ")] == pytest.approx(ends, abs=5e-4)
 
 
-def test_rounding_is_told_by_its_mean_and_range_in_the_arms_own_layout() -> None:
+def test_rounding_is_told_by_its_mean_and_interval_in_the_arms_own_layout() -> None:
     added = [
         row["delta_nats"]
         for row in RESULTS["quantized"]
@@ -101,7 +111,7 @@ def test_rounding_is_told_by_its_mean_and_range_in_the_arms_own_layout() -> None
         and not row["sink_in_full_precision"]
     ]
     told = cells(rounding_table(RESULTS, "book.txt"), "sink")["kv4: all rounded"]
-    assert told == f"{fmean(added):+.4f} ({min(added):+.4f} to {max(added):+.4f})"
+    assert told == f"{fmean(added):.4f} ± {reach(added):.4f}"
 
 
 def curve(model: str, values: list[float], **facts: Any) -> Row:

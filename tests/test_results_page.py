@@ -18,6 +18,7 @@ import pytest
 from sinktrain.cli import main
 from sinktrain.model.checkpoints import load_model
 from sinktrain.report.reading import read_results
+from sinktrain.report.wording import layout_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "results"
@@ -49,6 +50,24 @@ def test_every_results_file_is_on_the_page_and_readable() -> None:
         results = read_results(folder)
         assert results["perplexity"]
         assert not re.search(r"/(tmp|home|work|root)/", json.dumps(results))
+
+
+def test_a_further_seed_is_told_with_what_the_studys_results_expect_of_it(script: ModuleType) -> None:
+    study, further = (read_results(ROOT / f"data/results/ten-minutes-h100{end}") for end in ("", "-seed-4"))
+    table = script.further_seeds_table(further, "ten-minutes-h100")
+    expected = {(row["arm"], layout_name(row)): row["prediction95"] for row in study["arms"]}
+    num_inside = dict.fromkeys(table.header[2:], 0)
+    for arm, *cells in table.rows[:-1]:
+        for layout, cell in zip(table.header[1:], cells, strict=True):
+            loss, word, low, high = re.fullmatch(r"(\S+) \((in|NOT in) (\S+) to (\S+)\)", cell).groups()
+            assert (word == "in") == (float(low) <= float(loss) <= float(high)), cell
+            if layout != "held-out":  # which has no row in arms[]
+                assert [float(low), float(high)] == pytest.approx(expected[arm, layout], abs=5.1e-4)
+                num_inside[layout] += word == "in"
+    assert table.rows[-1][2:] == [f"{n} of 5" for n in num_inside.values()]
+    assert {"in", "NOT in"} == {
+        cell.split("(")[1].rsplit(" ", 3)[0] for row in table.rows[:-1] for cell in row[1:]
+    }
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -5,9 +5,9 @@ An arm of one seed, and a model without an arm, stand for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from statistics import fmean
+from collections.abc import Callable, Iterable, Sequence
 
+from sinktrain.evaluation.statistics import mean_of_seeds
 from sinktrain.report import wording
 from sinktrain.report.contests import Subject, lengths_of, own_rows, subjects_of
 from sinktrain.report.findings import texts
@@ -17,12 +17,15 @@ from sinktrain.report.table import Table
 from sinktrain.report.wording import Results, Row
 
 ARM_NOTE = (
-    "Losses in nats, on average over seeds. Outliers: the largest hidden value of a layer over the median "
-    "one, in the layer where that is largest; in brackets, the first position left out. Losses of models "
-    "with different tokenizers can't be compared."
+    "Losses in nats. Means over seeds, ± half of their 95% intervals over seeds. Outliers: the largest "
+    "hidden value of a layer over the median one, in the layer where that is largest; in brackets, the first "
+    "position left out. Losses of models with different tokenizers can't be compared."
 )
-ROUNDING_NOTE = "On average over an arm's seeds, with the least and the largest, in the arm's own layout."
-SEED_NOTE = "Losses in nats; the last column is where the loss of one more seed is to be expected."
+ROUNDING_NOTE = "In the arm's own layout; means over seeds, ± half of their 95% intervals over seeds."
+SEED_NOTE = (
+    "Losses in nats; the last column is where the loss of one more seed is to be expected. Two or three "
+    "seeds tell little of how far seeds differ: compare the deviations of all arms."
+)
 
 
 def has_arms(results: Results) -> bool:
@@ -45,7 +48,7 @@ def arm_table(results: Results, text: str) -> Table:
             [
                 subject.shown,
                 str(len(subject.models)),
-                *(_mean_cell(subject, rows, layout) for layout in layouts),
+                *(_loss_cell(subject, rows, layout) for layout in layouts),
                 *[*_metric_cells(subject, metrics), _outlier_cell(subject, results["norms"])] * is_first,
             ]
             for subject in subjects_of(results)
@@ -74,7 +77,7 @@ def seed_table(results: Results, text: str) -> Table:
 
 
 def rounding_table(results: Results, text: str) -> Table:
-    """What each scheme of quantisation adds in the arm's own layout, on average over seeds, and the range."""
+    """What each scheme of quantisation adds in the arm's own layout."""
     streamed = (row for row in results["quantized"] if (row["text"], row["policy"]) == (text, "streaming"))
     rows = own_rows(results, streamed)
     columns = list(dict.fromkeys((row["scheme"], treatment_words(row)) for row in rows))
@@ -97,9 +100,8 @@ def _rows_of_length(results: Results, rows: Iterable[Row]) -> list[Row]:
     ]
 
 
-def _mean_cell(subject: Subject, rows: Iterable[Row], layout: str) -> str:
-    losses = [row["loss_nats"] for row in _of(subject, rows) if wording.layout_name(row) == layout]
-    return f"{fmean(losses):.3f}" if losses else ""
+def _loss_cell(subject: Subject, rows: Iterable[Row], layout: str) -> str:
+    return _over_seeds([row["loss_nats"] for row in _of(subject, rows) if wording.layout_name(row) == layout])
 
 
 def _metric_cells(subject: Subject, metrics: Iterable[Row]) -> tuple[str, str]:
@@ -108,7 +110,7 @@ def _metric_cells(subject: Subject, metrics: Iterable[Row]) -> tuple[str, str]:
     if not rows:
         return "", ""
     place = place_words(rows[0])
-    return wording.share_text(fmean(row["value"] for row in rows if place_words(row) == place)), place
+    return _over_seeds([row["value"] for row in rows if place_words(row) == place], wording.share_text), place
 
 
 def _smallest_eps(results: Results) -> float | None:
@@ -121,24 +123,35 @@ def _outlier_cell(subject: Subject, norms: Iterable[Row]) -> str:
     if not trained:
         return ""
     every, without = (
-        fmean(
-            max(row[key] for row in trained if row["model"] == model)
-            for model in {row["model"] for row in trained}
+        _over_seeds(
+            [
+                max(row[key] for row in trained if row["model"] == model)
+                for model in dict.fromkeys(row["model"] for row in trained)
+            ],
+            "{:,.1f}".format,
         )
         for key in ("top1_over_median", "top1_over_median_without_first")
     )
-    return f"{wording.ratio_text(every)} ({wording.ratio_text(without)})"
+    return f"{every} ({without})"
 
 
 def _added_cell(subject: Subject, rows: Iterable[Row], column: tuple[str, str]) -> str:
-    """``+0.0054 (+0.0044 to +0.0064)``: the mean over models, and their least and largest."""
-    added = [
-        row["delta_nats"] for row in _of(subject, rows) if (row["scheme"], treatment_words(row)) == column
-    ]
-    if not added:
-        return ""
-    mean = f"{fmean(added):+z.4f}"
-    return mean if len(added) == 1 else f"{mean} ({min(added):+z.4f} to {max(added):+z.4f})"
+    """``0.0054 ± 0.0010``: what a scheme adds to the loss, in nats."""
+    added = [row for row in _of(subject, rows) if (row["scheme"], treatment_words(row)) == column]
+    return _over_seeds([row["delta_nats"] for row in added], "{:z.4f}".format)
+
+
+def _over_seeds(values: Sequence[float], text: Callable[[float], str] | None = None) -> str:
+    """``2.996 ± 0.003``: the mean and half of its 95% interval, of several values; of one, the value alone.
+
+    A loss in nats, unless ``text`` says it otherwise.
+    """
+    if len(values) < 2:
+        return "".join(map(text or "{:.3f}".format, values))
+    over = mean_of_seeds(values)
+    low, high = over.interval
+    text = text or f"{{:.{wording.digits(low, high)}f}}".format
+    return f"{text(over.mean)} ± {text((high - low) / 2)}"
 
 
 def _of(subject: Subject, rows: Iterable[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The tables of how runs went: when they came to a loss that all come to, and when a sink emerged."""
+"""Tables of how runs went: when they reached a loss that all reach, and what was measured by the way."""
 
 from __future__ import annotations
 
@@ -107,7 +107,11 @@ def _thinned(points: Sequence[int]) -> list[int]:
 
 def _value_cell(curves: Iterable[Row], tokens: int, metric: str) -> str:
     value = fmean(curve["value"][curve["tokens_seen"].index(tokens)] for curve in curves)
-    return share_text(value) if metric.startswith("sink/") else f"{value:+z.3f}"
+    return (
+        share_text(value)
+        if metric.startswith("sink/")
+        else f"{value:{'' if metric == 'val/loss' else '+z'}.3f}"
+    )
 
 
 def _of(subject: Subject, curves: Iterable[Row]) -> list[Row]:
