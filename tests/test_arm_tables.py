@@ -10,6 +10,7 @@ from example_results import example_results
 
 from sinktrain.report.arm_tables import arm_table, rounding_table, seed_table
 from sinktrain.report.markdown import results_markdown
+from sinktrain.report.markup import table_html
 from sinktrain.report.sections import sections
 from sinktrain.report.table import Table
 from sinktrain.report.training_tables import emergence_table, training_table
@@ -54,6 +55,7 @@ def test_an_arms_row_is_the_mean_of_its_seeds() -> None:
         "sink metric",
         "of",
         "outliers",
+        "without the first",
     ]
     sink = cells(table, "sink")
     assert sink["seeds"] == "3"
@@ -87,10 +89,24 @@ def test_models_without_further_seeds_stand_for_themselves() -> None:
     assert "## Arms" not in results_markdown(results)
 
 
+def test_outliers_are_those_of_each_models_worst_layer() -> None:
+    found = cells(arm_table(RESULTS, "book.txt"), "sink")
+    for name, key in {
+        "outliers": "top1_over_median",
+        "without the first": "top1_over_median_without_first",
+    }.items():
+        worst: dict[str, float] = {}
+        for row in RESULTS["norms"]:
+            if row["model"].startswith("sink-seed") and row["weights"] == "trained":
+                worst[row["model"]] = max(worst.get(row["model"], 0.0), row[key])
+        told, half = (float(text.replace(",", "")) for text in found[name].split(" ± "))
+        assert (told, half) == pytest.approx((fmean(worst.values()), reach([*worst.values()])), abs=0.06)
+
+
 def test_what_was_not_measured_is_an_empty_cell() -> None:
     bare = {**RESULTS, "norms": [], "sink_metric": [], "sink_attention": []}
     found = cells(arm_table(bare, "book.txt"), "sink")
-    assert [found[name] for name in ("sink metric", "of", "outliers")] == ["", "", ""]
+    assert [found[name] for name in ("sink metric", "of", "outliers", "without the first")] == [""] * 4
 
 
 def test_over_seeds_there_is_a_row_for_each_arm_and_layout_of_the_greatest_length() -> None:
@@ -201,3 +217,10 @@ def test_page_and_markdown_show_them() -> None:
     markdown = results_markdown(RESULTS)
     assert markdown.count("| arm |") == 7
     assert markdown.index("## Arms on") < markdown.index("## Perplexity on") < markdown.index("## Training")
+
+
+def test_on_the_page_what_follows_a_plus_minus_stands_below() -> None:
+    table = Table(["arm", "loss"], [["a<b", "3.098 ± 0.028"], ["c", "2.996"]])
+    page = table_html(table, "losses")
+    assert "<td>3.098<small>± 0.028</small></td>" in page
+    assert "<td>2.996</td>" in page

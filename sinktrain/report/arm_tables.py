@@ -18,9 +18,10 @@ from sinktrain.report.wording import Results, Row
 
 ARM_NOTE = (
     "Losses in nats. Means over seeds, ± half of their 95% intervals over seeds. Outliers: the largest "
-    "hidden value of a layer over the median one, in the layer where that is largest; in brackets, the first "
-    "position left out. Losses of models with different tokenizers can't be compared."
+    "hidden value of a layer over the median one, in the layer where that is largest, and the same without "
+    "the first position. Losses of models with different tokenizers can't be compared."
 )
+OUTLIERS = {"outliers": "top1_over_median", "without the first": "top1_over_median_without_first"}
 ROUNDING_NOTE = "In the arm's own layout; means over seeds, ± half of their 95% intervals over seeds."
 SEED_NOTE = (
     "Losses in nats; the last column is where the loss of one more seed is to be expected. Two or three "
@@ -43,13 +44,13 @@ def arm_table(results: Results, text: str) -> Table:
     metrics = [row for row in sink_rows(results) if row["eps"] == _smallest_eps(results)]
     is_first = text == texts(results)[0]
     return Table(
-        ["arm", "seeds", *layouts, *["sink metric", "of", "outliers"] * is_first],
+        ["arm", "seeds", *layouts, *["sink metric", "of", *OUTLIERS] * is_first],
         [
             [
                 subject.shown,
                 str(len(subject.models)),
                 *(_loss_cell(subject, rows, layout) for layout in layouts),
-                *[*_metric_cells(subject, metrics), _outlier_cell(subject, results["norms"])] * is_first,
+                *[*_metric_cells(subject, metrics), *_outlier_cells(subject, results["norms"])] * is_first,
             ]
             for subject in subjects_of(results)
         ],
@@ -117,22 +118,17 @@ def _smallest_eps(results: Results) -> float | None:
     return min((row["eps"] for row in results["sink_metric"]), default=None)
 
 
-def _outlier_cell(subject: Subject, norms: Iterable[Row]) -> str:
-    """``327 (25.3)``: of the worst layer, and without the first position."""
+def _outlier_cells(subject: Subject, norms: Iterable[Row]) -> list[str]:
+    """Of the worst layer of each model."""
     trained = [row for row in _of(subject, norms) if row["weights"] == "trained"]
-    if not trained:
-        return ""
-    every, without = (
+    models = dict.fromkeys(row["model"] for row in trained)
+    return [
         _over_seeds(
-            [
-                max(row[key] for row in trained if row["model"] == model)
-                for model in dict.fromkeys(row["model"] for row in trained)
-            ],
+            [max(row[key] for row in trained if row["model"] == model) for model in models],
             "{:,.1f}".format,
         )
-        for key in ("top1_over_median", "top1_over_median_without_first")
-    )
-    return f"{every} ({without})"
+        for key in OUTLIERS.values()
+    ]
 
 
 def _added_cell(subject: Subject, rows: Iterable[Row], column: tuple[str, str]) -> str:

@@ -34,14 +34,13 @@ def closed(summary: str, *content: str, is_open: bool = False) -> str:
 
 
 def table_html(table: Table, label: str, cells: Sequence[Sequence[str]] | None = None) -> str:
-    """A table that scrolls by itself on narrow screens.
+    """A table that scrolls by itself on narrow screens; what follows a ``±`` stands below.
 
     Args:
         label: what the table holds, read out to those who cannot see it.
         cells: HTML to show in place of the table's own plain cells.
     """
     numeric = [column > 0 and table.is_numeric(column) for column in range(len(table.header))]
-    is_all_numeric = all(numeric[1:])  # said once then, as long tables take most of the page
     is_all_numeric = all(numeric[1:])  # said once then: long tables take much of the page
     kinds = [' class="number"' if is_number and not is_all_numeric else "" for is_number in numeric]
     opening = '<table class="numbers">' if is_all_numeric else "<table>"
@@ -49,7 +48,7 @@ def table_html(table: Table, label: str, cells: Sequence[Sequence[str]] | None =
         f'<th scope="col"{kind}>{html_text(name)}</th>'
         for kind, name in zip(kinds, table.header, strict=True)
     )
-    rows = cells if cells is not None else [[html_text(cell) for cell in row] for row in table.rows]
+    rows = cells if cells is not None else [list(map(_cell, row)) for row in table.rows]
     body = "".join(
         f'<tr><th scope="row">{first}</th>'
         + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], others, strict=True))
@@ -60,6 +59,11 @@ def table_html(table: Table, label: str, cells: Sequence[Sequence[str]] | None =
         f'<div class="scroll" role="region" tabindex="0" aria-label="{html_text(label)}">'
         f"{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _cell(text: str) -> str:
+    value, _, half = html_text(text).partition(" ± ")
+    return f"{value}<small>± {half}</small>" if half else value
 
 
 def plots(figures: Sequence[Figure]) -> str:
