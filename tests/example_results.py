@@ -320,7 +320,7 @@ def _quantized(model: Row, text: str, perplexity: list[Row]) -> list[Row]:
         if (row["model"], row["text"], row["policy"]) == (model["name"], text, "streaming")
         and (row["sinks"], row["window"]) == (slots, 64 - slots)
     ]
-    rows, of_kind = [], 0.6 if model["sink"]["count"] else 1.0
+    rows, of_kind = [], (0.6 if model["sink"]["count"] else 1.0) * (0.9 + 0.1 * model["seed"])
     for scheme, cost in (("w8a8-static", 0.0093), ("w8a8-token", 0.0021), ("kv8", 0.0004), ("kv4", 0.0312)):
         for in_statistics in (True, False) if scheme == "w8a8-static" else (None,):
             for is_kept in (False, True):
@@ -422,8 +422,8 @@ def _norms(model: Row, draw: random.Random) -> list[Row]:
             "kurtosis_without_first": 3.0 + growth * 1.7,
             "max_abs": 4.1 + growth * (58.0 if own else 6.0),
             "max_abs_without_first": 4.0 + growth * 2.2,
-            "top1_over_median": 6.1 + growth * (88.0 if own else 9.0),
-            "top1_over_median_without_first": 6.0 + growth * 3.0,
+            "top1_over_median": 6.1 + growth * (88.0 if own else 9.0) * (0.8 + 0.2 * model["seed"]),
+            "top1_over_median_without_first": 6.0 + growth * (2.0 + model["seed"]),
         }
         for weights in ("trained", "initial")
         for layer in range(NUM_LAYERS + 1)

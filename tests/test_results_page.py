@@ -54,19 +54,20 @@ def test_every_results_file_is_on_the_page_and_readable() -> None:
 
 def test_a_further_seed_is_told_with_what_the_studys_results_expect_of_it(script: ModuleType) -> None:
     study, further = (read_results(ROOT / f"data/results/ten-minutes-h100{end}") for end in ("", "-seed-4"))
-    table = script.further_seeds_table(further, "ten-minutes-h100")
     expected = {(row["arm"], layout_name(row)): row["prediction95"] for row in study["arms"]}
-    num_inside = dict.fromkeys(table.header[2:], 0)
-    for arm, *cells in table.rows[:-1]:
-        for layout, cell in zip(table.header[1:], cells, strict=True):
-            loss, word, low, high = re.fullmatch(r"(\S+) \((in|NOT in) (\S+) to (\S+)\)", cell).groups()
-            assert (word == "in") == (float(low) <= float(loss) <= float(high)), cell
-            if layout != "held-out":  # which has no row in arms[]
-                assert [float(low), float(high)] == pytest.approx(expected[arm, layout], abs=5.1e-4)
-                num_inside[layout] += word == "in"
-    assert table.rows[-1][2:] == [f"{n} of 5" for n in num_inside.values()]
-    assert {"in", "NOT in"} == {
-        cell.split("(")[1].rsplit(" ", 3)[0] for row in table.rows[:-1] for cell in row[1:]
+    arms = {model["name"]: model["arm"] for model in further["models"]}
+    table = script.further_seed_table(further, "ten-minutes-h100")
+    told = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    num_inside: dict[str, int] = {}
+    for row in further["perplexity"]:
+        arm, layout = arms[row["model"]], layout_name(row)
+        low, high = expected[arm, layout]
+        is_inside = low <= row["loss_nats"] <= high
+        num_inside[layout] = num_inside.get(layout, 0) + is_inside
+        words = f"({'in' if is_inside else 'NOT in'} {low:.3f} to {high:.3f})"
+        assert told[arm][layout] == f"{row['loss_nats']:.3f} {words}"
+    assert {layout: told["inside"][layout] for layout in num_inside} == {
+        layout: f"{count} of {len(arms)}" for layout, count in num_inside.items()
     }
 
 
@@ -94,7 +95,7 @@ def test_a_changed_number_is_found_and_mended(tmp_path: Path) -> None:
         copy(ROOT / name, to)
     page = tmp_path / "RESULTS.md"
     true = page.read_text(encoding="utf-8")
-    page.write_text(re.sub(r"\| 43% \|", "| 44% |", true, count=1), encoding="utf-8")
+    page.write_text(re.sub(r"\| 2\.845 \|", "| 2.854 |", true, count=1), encoding="utf-8")
     assert page.read_text(encoding="utf-8") != true
     check = [sys.executable, str(tmp_path / "scripts" / "results"), "--check"]
     found = subprocess.run(check, capture_output=True, text=True, check=False)

@@ -63,7 +63,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class SeedMean:
-    """A mean over seeds, in nats.
+    """A mean over seeds, in the unit of its values.
 
     Args:
         mean: of the seeds.
@@ -130,22 +130,22 @@ def t_difference(deltas: Sequence[float]) -> Difference:
     return _by_t(mean, squared_error, len(deltas) - 1)
 
 
-def mean_of_seeds(losses: Sequence[float]) -> SeedMean:
-    """Mean over seeds, the interval of the mean, and the one where another seed's loss is to be expected.
+def mean_of_seeds(values: Sequence[float]) -> SeedMean:
+    """Mean over seeds, the interval of the mean, and the one where another seed's value is to be expected.
 
     Both are Student's t: the mean's error is ``s / sqrt(n)``, another seed's ``s * sqrt(1 + 1 / n)``, with
     ``s`` the standard deviation of ``n`` seeds.
 
     Args:
-        losses: one per seed, nats.
+        values: one per seed: losses in nats, shares, ratios.
 
     Raises:
         DataError: fewer than 2 seeds.
     """
-    mean, squared_error = _mean_of_seeds(losses)
-    reach = float(stdtrit(len(losses) - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(squared_error)
-    further = reach * math.sqrt(len(losses) + 1)
-    deviation = math.sqrt(squared_error * len(losses))
+    mean, squared_error = _mean_of_seeds(values)
+    reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(squared_error)
+    further = reach * math.sqrt(len(values) + 1)
+    deviation = math.sqrt(squared_error * len(values))
     return SeedMean(mean, deviation, (mean - reach, mean + reach), (mean - further, mean + further))
 
 

@@ -5,9 +5,8 @@ An arm of one seed, and a model without an arm, stand for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
-from sinktrain.evaluation.statistics import mean_of_seeds
 from sinktrain.report import wording
 from sinktrain.report.contests import Subject, lengths_of, own_rows, subjects_of
 from sinktrain.report.findings import texts
@@ -22,10 +21,13 @@ ARM_NOTE = (
     "the first position. Losses of models with different tokenizers can't be compared."
 )
 OUTLIERS = {"outliers": "top1_over_median", "without the first": "top1_over_median_without_first"}
-ROUNDING_NOTE = "In the arm's own layout; means over seeds, ± half of their 95% intervals over seeds."
+ROUNDING_NOTE = (
+    "In the arm's own layout; means over seeds, ± half of their 95% intervals over seeds. Columns of one arm "
+    "share their seeds, so they may differ measurably by less."
+)
 SEED_NOTE = (
-    "Losses in nats; the last column is where the loss of one more seed is to be expected. Two or three "
-    "seeds tell little of how far seeds differ: compare the deviations of all arms."
+    "Losses in nats; the last column is where one more seed of an arm, looked at by itself, is to be "
+    "expected. The smallest deviation of many arms is mostly so by luck, its intervals too narrow."
 )
 
 
@@ -102,7 +104,8 @@ def _rows_of_length(results: Results, rows: Iterable[Row]) -> list[Row]:
 
 
 def _loss_cell(subject: Subject, rows: Iterable[Row], layout: str) -> str:
-    return _over_seeds([row["loss_nats"] for row in _of(subject, rows) if wording.layout_name(row) == layout])
+    losses = [row["loss_nats"] for row in _of(subject, rows) if wording.layout_name(row) == layout]
+    return wording.over_seeds_text(losses, ".3f")
 
 
 def _metric_cells(subject: Subject, metrics: Iterable[Row]) -> tuple[str, str]:
@@ -111,7 +114,8 @@ def _metric_cells(subject: Subject, metrics: Iterable[Row]) -> tuple[str, str]:
     if not rows:
         return "", ""
     place = place_words(rows[0])
-    return _over_seeds([row["value"] for row in rows if place_words(row) == place], wording.share_text), place
+    values = [row["value"] for row in rows if place_words(row) == place]
+    return wording.over_seeds_text(values, ".1%"), place
 
 
 def _smallest_eps(results: Results) -> float | None:
@@ -123,9 +127,8 @@ def _outlier_cells(subject: Subject, norms: Iterable[Row]) -> list[str]:
     trained = [row for row in _of(subject, norms) if row["weights"] == "trained"]
     models = dict.fromkeys(row["model"] for row in trained)
     return [
-        _over_seeds(
-            [max(row[key] for row in trained if row["model"] == model) for model in models],
-            "{:,.1f}".format,
+        wording.over_seeds_text(
+            [max(row[key] for row in trained if row["model"] == model) for model in models], ",.1f"
         )
         for key in OUTLIERS.values()
     ]
@@ -134,20 +137,7 @@ def _outlier_cells(subject: Subject, norms: Iterable[Row]) -> list[str]:
 def _added_cell(subject: Subject, rows: Iterable[Row], column: tuple[str, str]) -> str:
     """``0.0054 ± 0.0010``: what a scheme adds to the loss, in nats."""
     added = [row for row in _of(subject, rows) if (row["scheme"], treatment_words(row)) == column]
-    return _over_seeds([row["delta_nats"] for row in added], "{:z.4f}".format)
-
-
-def _over_seeds(values: Sequence[float], text: Callable[[float], str] | None = None) -> str:
-    """``2.996 ± 0.003``: the mean and half of its 95% interval, of several values; of one, the value alone.
-
-    A loss in nats, unless ``text`` says it otherwise.
-    """
-    if len(values) < 2:
-        return "".join(map(text or "{:.3f}".format, values))
-    over = mean_of_seeds(values)
-    low, high = over.interval
-    text = text or f"{{:.{wording.digits(low, high)}f}}".format
-    return f"{text(over.mean)} ± {text((high - low) / 2)}"
+    return wording.over_seeds_text([row["delta_nats"] for row in added], "z.4f")
 
 
 def _of(subject: Subject, rows: Iterable[Row]) -> list[Row]:

@@ -39,7 +39,7 @@ from sinktrain.report.table import Table
 from sinktrain.report.wording import Results, printable
 from sinktrain.report.zero_shot_tables import ABOUT, zero_shot_pair_table, zero_shot_table
 
-MOST_ROWS = 50
+MOST_ROWS = 60
 """Of one table: a pull request takes 65,536 characters."""
 
 

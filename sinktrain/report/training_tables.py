@@ -9,11 +9,12 @@ from statistics import fmean
 from sinktrain.report.contests import Subject, subjects_of
 from sinktrain.report.findings import has_one_tokenizer
 from sinktrain.report.table import Table
-from sinktrain.report.wording import Results, Row, count_text, printable, share_text
+from sinktrain.report.wording import Results, Row, count_text, over_seeds_text, printable, share_text
 
 NOTE = (
     "Minutes are those of the steps, on all devices at once, the first compilation included and validation "
-    "left out; means over seeds. A run that went on elsewhere tells its last hardware."
+    "left out; means over seeds, ± half of their 95% intervals. A run that went on elsewhere tells its last "
+    "hardware."
 )
 CAPTIONS = {
     "val/loss": "Held-out loss, nats",
@@ -22,7 +23,7 @@ CAPTIONS = {
     "sink/metric_null": "Sink metric of the null slot",
 }
 EMERGING = [metric for metric in CAPTIONS if metric != "val/loss"]
-"""What has a table of its curves."""
+"""Of which a report has a table."""
 SHOWN_POINTS = 8
 """Of a curve in a table; the plots show all."""
 
@@ -73,17 +74,18 @@ def _hardware(curves: Sequence[Row]) -> str:
 
 
 def _end_cells(curves: Sequence[Row]) -> list[str]:
-    tokens, seconds, loss = (
-        fmean(curve[key][-1] for curve in curves) for key in ("tokens_seen", "train_seconds", "value")
-    )
-    return [count_text(tokens), f"{seconds / 60:.2f}", f"{loss:.3f}"]
+    return [
+        count_text(fmean(curve["tokens_seen"][-1] for curve in curves)),
+        over_seeds_text([curve["train_seconds"][-1] / 60 for curve in curves], ".2f"),
+        over_seeds_text([curve["value"][-1] for curve in curves], ".3f"),
+    ]
 
 
 def _goal_cells(curves: Sequence[Row], goal: float) -> list[str]:
-    tokens, seconds = (
-        fmean(_when(curve, key, goal) for curve in curves) for key in ("tokens_seen", "train_seconds")
-    )
-    return [count_text(tokens), f"{seconds / 60:.2f}"]
+    return [
+        count_text(fmean(_when(curve, "tokens_seen", goal) for curve in curves)),
+        over_seeds_text([_when(curve, "train_seconds", goal) / 60 for curve in curves], ".2f"),
+    ]
 
 
 def _when(curve: Row, key: str, goal: float) -> float:
@@ -107,11 +109,9 @@ def _thinned(points: Sequence[int]) -> list[int]:
 
 def _value_cell(curves: Iterable[Row], tokens: int, metric: str) -> str:
     value = fmean(curve["value"][curve["tokens_seen"].index(tokens)] for curve in curves)
-    return (
-        share_text(value)
-        if metric.startswith("sink/")
-        else f"{value:{'' if metric == 'val/loss' else '+z'}.3f}"
-    )
+    if metric.startswith("sink/"):
+        return share_text(value)
+    return f"{value:.3f}" if metric == "val/loss" else f"{value:+z.3f}"
 
 
 def _of(subject: Subject, curves: Iterable[Row]) -> list[Row]:
