@@ -135,6 +135,7 @@ def _perplexities(model: Row, text: str, draw: random.Random) -> list[Row]:
             "sinks": sinks,
             "window": window,
             "tokens_scored": TOKENS_SCORED,
+            "documents_scored": 120,
             "loss_nats": loss,
             "perplexity": math.exp(loss),
             "bits_per_byte": loss / math.log(2) / BYTES_PER_TOKEN,

@@ -258,6 +258,20 @@ def test_every_row_scores_as_many_tokens(results: Results) -> None:
     assert {row["text"] for kind in ("perplexity", "paired") for row in results[kind]} == {"text.txt"}
 
 
+def test_documents_are_those_that_the_scored_tokens_come_from(home: Path, tmp_path: Path) -> None:
+    line = "to be or not to be that is the question " * 4
+    path = tmp_path / "three.txt"
+    path.write_text("<|doc|>\n".join(f"{line}\n" for _ in range(3)))
+    num_tokens = len(tiny_tokenizer().encode(path.read_text().replace("<|doc|>\n", ""))) + 3
+    rows = compare(replace(asked(home, "vanilla"), texts=[Source(str(path))], num_streams=1))["perplexity"]
+    assert {row["documents_scored"] for row in rows} == {3}
+    assert num_tokens > 3 * N
+    fewer = compare(
+        replace(asked(home, "vanilla"), texts=[Source(str(path))], num_streams=1, max_tokens=num_tokens // 2)
+    )
+    assert {row["documents_scored"] for row in fewer["perplexity"]} == {2}
+
+
 @pytest.mark.parametrize("model", ["vanilla", "sink"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_loss_perplexity_and_interval_equal_those_by_hand(

@@ -716,6 +716,20 @@ def test_limits_say_what_intervals_do_not_cover(results: Results) -> None:
     assert "less than a billion tokens" in young
 
 
+@pytest.mark.parametrize(("count", "words"), [(1, "one document"), (29, "29 documents"), (30, None)])
+def test_few_documents_are_told_wherever_intervals_over_text_stand(
+    results: Results, count: int, words: str | None
+) -> None:
+    for row in results["perplexity"]:
+        row["documents_scored"] = count
+    told = f", from {words}: intervals are too narrow" if words else ""
+    assert findings.tokens_scored(results["perplexity"]) == f"8,064 tokens scored{told}"
+    said = [sentence for sentence in findings.limits(results) if "82 to 87 times at 10" in sentence]
+    assert [sentence.partition(": ")[0] for sentence in said] == (
+        [f"The tokens scored of book.txt come from {words}"] if words else []
+    )
+
+
 def test_limits_do_not_complain_of_what_was_done(results: Results) -> None:
     results["models"] = [a_model("vanilla", tokens_seen=None), a_model("sink", 1, tokens_seen=4_000_000_000)]
     results["paired"].append(over_seeds(a_pair("sink", "vanilla", -0.01, 0.02)))

@@ -18,7 +18,7 @@ from sinktrain.report.reading import GAINED_LISTS, read_results, results_validat
 
 Results = dict[str, Any]
 
-GAINED = {"sink_about", "null_mass_is_proxy", "train_seconds", "hardware"}
+GAINED = {"sink_about", "null_mass_is_proxy", "train_seconds", "hardware", "documents_scored"}
 """Fields that results of an older version lack."""
 
 

@@ -18,21 +18,24 @@ Row = dict[str, Any]
 
 def perplexity_rows(arm: Arm) -> Iterator[Row]:
     for text, measured in zip(arm.texts, arm.measured, strict=True):
-        num_bytes: dict[bytes, int] = {}  # most rows score the same tokens
+        sizes: dict[bytes, tuple[int, int]] = {}  # most rows score the same tokens
         for one in measured:
             is_scored = ~np.isnan(one.scored)
             key = np.packbits(is_scored).tobytes()
-            if key not in num_bytes:
-                num_bytes[key] = text.text.num_bytes(text.tokens[is_scored])
+            if key not in sizes:
+                tokens = text.tokens[is_scored]
+                sizes[key] = text.text.num_bytes(tokens), text.text.num_documents(tokens)
+            num_bytes, num_documents = sizes[key]
             interval = mean_interval(one.scored)
             tokens_scored = int(is_scored.sum())
             nats = interval.mean * tokens_scored
             yield {
                 **_row(arm, text, one.setting),
                 "tokens_scored": tokens_scored,
+                "documents_scored": num_documents,
                 "loss_nats": interval.mean,
                 "perplexity": math.exp(interval.mean),
-                "bits_per_byte": nats / num_bytes[key] / math.log(2) if num_bytes[key] else None,
+                "bits_per_byte": nats / num_bytes / math.log(2) if num_bytes else None,
                 "ci95": [interval.low, interval.high],
             }
 

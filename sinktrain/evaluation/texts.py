@@ -39,6 +39,11 @@ class TokenizedText:
         of_text = tokens[tokens != self.tokenizer.eos_token_id]
         return len(self.tokenizer.decode(of_text.tolist()).encode())
 
+    def num_documents(self, tokens: NDArray[np.int64]) -> int:
+        """Documents that some tokens, in the order of the text, come from: each ends with one of its own."""
+        ends = tokens == self.tokenizer.eos_token_id
+        return int(ends.sum()) + (not ends[-1])
+
 
 def tokenize_for(
     config: ModelConfig, model_source: str, text: Source, max_tokens: int | None = None
