@@ -38,6 +38,7 @@ Results = dict[str, Any]
 
 LAYOUTS = ["0+128", "1+127", "2+126", "4+124", "dense"]
 HOSTILE = '<script>alert("1")</script>|_x_\n\x1b[31m'
+SURE = "; train more seeds to be sure."
 NOTE = " over text; one seed of each, another may differ"
 
 
@@ -248,13 +249,37 @@ def test_verdict_counts_the_slots_of_a_model_with_two_sinks() -> None:
 
 def test_verdict_finds_no_measurable_loss_where_the_interval_holds_zero() -> None:
     lost, advice = verdict_of(
-        a_pair("vanilla", "vanilla", 0.001, 0.01, "0+128", "1+127"), models=(a_model("vanilla"),)
+        a_pair("vanilla", "vanilla", 0.001, 0.008, "0+128", "1+127"), models=(a_model("vanilla"),)
     )
     assert lost == (
         "Without its first tokens (0+128), vanilla shows no measurable difference from 1+127: "
-        "+0.001 nats (95% interval -0.009 to +0.011)."
+        "+0.001 nats (95% interval -0.007 to +0.009)."
     )
     assert advice == "For a team: vanilla shows no need of its first tokens."
+
+
+def test_what_surely_is_next_to_nothing_is_no_loss_and_no_repair() -> None:
+    beyond = a_pair("vanilla", "vanilla", -0.001, 0.0005, "4+124", "1+127")
+    little = a_pair("vanilla", "vanilla", 0.001, 0.0005, "0+128", "1+127")
+    lost, *_ = verdict_of(little, beyond, models=(a_model("vanilla"),))
+    assert lost == (
+        "Without its first tokens (0+128), vanilla loses next to nothing against 1+127: 0.0010 nats "
+        "(95% interval 0.0005 to 0.0015)."
+    )
+    more = a_pair("vanilla", "vanilla", 0.08, 0.01, "0+128", "1+127")
+    lost, *_ = verdict_of(more, beyond, models=(a_model("vanilla"),))
+    assert lost.endswith("which one slot (1+127) repairs.")
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "one document"), (29, "29 documents"), (30, None)])
+def test_advice_from_few_documents_says_so(count: int, words: str | None) -> None:
+    results = some_results(a_model("vanilla"), a_model("sink", 1))
+    results["paired"] = [a_pair("sink", "vanilla", -0.012, 0.008, "1+127", "4+124")]
+    for row in results["perplexity"]:
+        row["documents_scored"] = count
+    advice = findings.verdict_sentences(results)[-1]
+    told = f"; intervals from {words} say little of others: score 30 or more." if words else SURE
+    assert advice.endswith(told)
 
 
 def test_verdict_can_find_eviction_a_gain() -> None:
@@ -358,7 +383,7 @@ def test_verdict_compares_models_where_each_keeps_what_it_needs(
     own = a_pair("sink", "vanilla", delta, 0.008, "1+127", "4+124")
     expected = [
         f"As each is usually streamed (sink 1+127, vanilla 4+124), {words}{NOTE}).",
-        f"For a team: {advice}.",
+        f"For a team: {advice}{SURE}",
     ]
     assert verdict_of(both_four, own) == expected
     assert verdict_of(flipped(own), both_four) == expected
@@ -371,35 +396,37 @@ def test_verdict_falls_back_to_one_layout_that_keeps_what_both_need() -> None:
         "Where both keep 4+124, sink is better than vanilla by 0.012 nats "
         f"(95% interval 0.004 to 0.020{NOTE})."
     )
-    assert advice == "For a team: sink with 4 slots kept streams better than vanilla with 4 slots."
+    assert advice == f"For a team: sink with 4 slots kept streams better than vanilla with 4 slots{SURE}"
     better, advice = verdict_of(of_one)
     assert better.startswith("Where both keep 1+127, sink is worse than vanilla by 0.500 nats")
-    assert advice == "For a team: sink with its one slot streams worse than vanilla with one slot."
+    assert advice == f"For a team: sink with its one slot streams worse than vanilla with one slot{SURE}"
 
 
 @pytest.mark.parametrize(
-    ("eviction", "words"),
+    ("eviction", "half", "words"),
     [
-        (0.9, "sink needs its one slot, and with it streams better"),
-        (0.019, "sink gains by its one slot, and with it streams better"),
-        (0.0, "sink shows no need of its one slot, and with it streams better"),
-        (-0.5, "sink streams better here without its one slot, and with it streams better"),
+        (0.9, 0.01, "sink needs its one slot, and with it streams better"),
+        (0.019, 0.01, "sink gains by its one slot, and with it streams better"),
+        (0.0, 0.009, "sink shows no need of its one slot, and with it streams better"),
+        (0.0, 0.01, "sink may need its one slot or not, and with it streams better"),
+        (-0.5, 0.01, "sink streams better here without its one slot, and with it streams better"),
     ],
 )
-def test_advice_tells_whether_the_sink_model_needs_its_slot(eviction: float, words: str) -> None:
+def test_advice_tells_whether_the_sink_model_needs_its_slot(eviction: float, half: float, words: str) -> None:
     *_, advice = verdict_of(
-        a_pair("sink", "sink", eviction, 0.01, "0+128", "1+127"),
+        a_pair("sink", "sink", eviction, half, "0+128", "1+127"),
         a_pair("sink", "vanilla", -0.012, 0.008, "1+127", "4+124"),
     )
     assert advice.startswith(f"For a team: {words}")
-    assert advice.endswith("streams better than vanilla with 4 slots.")
+    assert advice.endswith(f"streams better than vanilla with 4 slots{SURE}")
 
 
 def test_advice_in_a_shared_layout_keeps_the_need_apart() -> None:
     both_four = a_pair("sink", "vanilla", 0.012, 0.008, "4+124")
     *_, advice = verdict_of(a_pair("sink", "sink", 0.9, 0.01, "0+128", "1+127"), both_four)
     assert advice == (
-        "For a team: sink needs its one slot, and with 4 slots kept streams worse than vanilla with 4 slots."
+        "For a team: sink needs its one slot, and with 4 slots kept streams worse than vanilla with 4 slots"
+        + SURE
     )
 
 
@@ -419,7 +446,7 @@ def test_verdict_on_texts_that_disagree_prefers_no_model() -> None:
     )
     assert "sink against vanilla differs unevenly: on book.txt better by 0.012 nats" in better
     assert ", on news.txt worse by 0.012 nats" in better
-    assert advice.endswith("streams better or worse than vanilla with 4 slots from case to case.")
+    assert advice.endswith(f"streams better or worse than vanilla with 4 slots from case to case{SURE}")
 
 
 def test_verdict_speaks_of_arms_and_never_of_one_seed_where_there_are_rows_over_seeds() -> None:
@@ -557,12 +584,12 @@ def test_verdict_counts_contests_where_models_are_many() -> None:
     better, advice = verdict_of(*against, models=many_models(*deltas))
     assert better == (
         "Against m0, each as it is usually streamed: 2 of 5 models are measurably better, 1 of 5 models "
-        "measurably worse, 1 of 5 models show no measurable difference, 1 could not be paired with it."
+        "measurably worse, 1 of 5 models show no measurable difference, 1 was not compared with it."
     )
-    assert advice == "For a team: m1 and m2 stream better than m0; m3 streams worse than m0."
+    assert advice == f"For a team: m1 and m2 stream better than m0; m3 streams worse than m0{SURE}"
     alike = [pair | {"delta_nats": 0.0, "ci95": [-0.1, 0.1]} for pair in against]
     assert verdict_of(*alike, models=many_models(*deltas))[1] == (
-        "For a team: nothing measured here prefers another model to m0 or m0 to another."
+        f"For a team: nothing measured here prefers another model to m0 or m0 to another{SURE}"
     )
 
 
@@ -733,9 +760,21 @@ def test_few_documents_are_told_wherever_intervals_over_text_stand(
 def test_limits_do_not_complain_of_what_was_done(results: Results) -> None:
     results["models"] = [a_model("vanilla", tokens_seen=None), a_model("sink", 1, tokens_seen=4_000_000_000)]
     results["paired"].append(over_seeds(a_pair("sink", "vanilla", -0.01, 0.02)))
-    assert len(findings.limits(results)) == 1
+    assert findings.limits(results)[1:] == [
+        "Intervals over seeds cover the training seed, on this very text, and no other text."
+    ]
     results["paired"][-1]["num_seeds"] = 2
     assert findings.limits(results)[-1].startswith("An interval over two seeds reaches 13 standard errors")
+
+
+def test_many_differences_are_said_to_miss_now_and_then(results: Results) -> None:
+    [pair] = results["paired"][:1]
+    results["paired"] = [pair] * 20
+    assert "one in twenty" not in " ".join(findings.limits(results))
+    results["paired"] = [pair] * 21
+    assert "21 differences were measured, and one in twenty 95% intervals misses" in " ".join(
+        findings.limits(results)
+    )
 
 
 def test_a_model_that_saw_no_token_is_young(results: Results) -> None:

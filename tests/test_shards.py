@@ -203,6 +203,10 @@ def test_verify_finds_an_edited_shard_and_another_tokenizer(tokenizer: Tokenizer
 def test_unusable_manifests_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match='no prepared shards here; make them with "sinktrain prepare TEXT'):
         read_manifest(tmp_path)
+    book = tmp_path / "book.txt"
+    book.write_text("a text")
+    with pytest.raises(DataError, match=rf'is a file, and .*"sinktrain prepare {book} --out DIR"'):
+        read_manifest(book)
     write(tmp_path, tokenizer, tokens(250))
     path = tmp_path / "manifest.json"
     content = json.loads(path.read_text())

@@ -143,6 +143,7 @@ def test_a_mistake_in_the_file_is_one_line(
 
 TYPED = {
     "quickstrt": 'no such file, and no shipped study of that name; did you mean "quickstart"?',
+    "xyz": "no such file, and no shipped study of that name; there are emergence, pair, paper, ",
     "quickstart --only snk": "--only snk: the study has vanilla, sink",
     "quickstart --seeds 5": "--seeds 5: the study has 1234",
     "quickstart --seeds one": "--seeds one is not a list of numbers from 1 on",

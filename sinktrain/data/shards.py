@@ -106,6 +106,11 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: it is missing, is no manifest of shards, or was written by another version.
     """
     path = folder / MANIFEST_FILE
+    if folder.is_file():
+        raise DataError(
+            f'{folder} is a file, and shards are a folder; make them of a text with "sinktrain prepare '
+            f'{folder} --out DIR"'
+        )
     if not path.is_file():
         raise DataError(
             f'{folder}: no prepared shards here; make them with "sinktrain prepare TEXT --out {folder}"'

@@ -112,7 +112,7 @@ def read_study(name: str) -> Study:
     """
     path = Path(name) if Path(name).is_file() else shipped_studies().get(name)
     if path is None:
-        hint = did_you_mean(name, shipped_studies())
+        hint = did_you_mean(name, shipped_studies()) or f"; there are {', '.join(shipped_studies())}"
         raise ConfigError(f"{name}: no such file, and no shipped study of that name{hint}")
     said = _read_yaml(path)
     try:

@@ -10,6 +10,7 @@ from sinktrain.report.wording import (
     Results,
     Row,
     counted,
+    few_documents,
     is_measurable,
     layout_name,
     listed,
@@ -29,8 +30,7 @@ __all__ = [
 ]
 
 YOUNG_MODEL_TOKENS = 1_000_000_000
-ENOUGH_DOCUMENTS = 30
-"""For intervals over the text that hold the truth 91 times in 100 or more: see evaluation/statistics.py."""
+MANY_DIFFERENCES = 20
 
 
 def texts(results: Results) -> list[str]:
@@ -56,15 +56,9 @@ def tokens_scored(rows: Iterable[Row]) -> str:
     first = next(iter(counts.values()), "0")
     others = [f"{policy} {count}" for policy, count in counts.items() if count != first]
     warning = f", but {listed(others)}: compare it by its differences" if others else ""
-    few = _few_documents(rows)
+    few = few_documents(rows)
     source = f", from {counted(few, 'document')}: intervals are too narrow" if few else ""
     return f"{first} tokens scored{warning}{source}"
-
-
-def _few_documents(rows: Iterable[Row]) -> int:
-    """How many the tokens scored come from, where they are too few; 0 where they are many, or unknown."""
-    most = max((row.get("documents_scored", ENOUGH_DOCUMENTS) for row in rows), default=ENOUGH_DOCUMENTS)
-    return most if most < ENOUGH_DOCUMENTS else 0
 
 
 def headline(results: Results) -> list[str]:
@@ -131,7 +125,7 @@ READING = (
     "recompute N reads the newest N tokens anew for every token, which is slow and sets the mark.",
     "Models and layouts are compared token by token on the same text, so look at the differences and their "
     "intervals, which are far narrower than the intervals of single losses; where an interval holds zero, "
-    "no difference was measured.",
+    "no difference could be told.",
 )
 
 
@@ -152,7 +146,7 @@ def limits(results: Results) -> list[str]:
             f"One text was scored ({printable(texts(results)[0])}); another kind of text may differ."
         )
     few = {
-        text: _few_documents(row for row in results["perplexity"] if row["text"] == text)
+        text: few_documents(row for row in results["perplexity"] if row["text"] == text)
         for text in texts(results)
     }
     sentences += [
@@ -167,6 +161,15 @@ def limits(results: Results) -> list[str]:
             "Intervals are over the text only: how far the figures would move on more text of this kind, for "
             "these very models. They do not cover the training seed, and which of two models ends up better "
             "can flip with it."
+        )
+    else:
+        sentences.append(
+            "Intervals over seeds cover the training seed, on this very text, and no other text."
+        )
+    if len(results["paired"]) > MANY_DIFFERENCES:
+        sentences.append(
+            f"{len(results['paired'])} differences were measured, and one in twenty 95% intervals misses: "
+            "one that is barely clear of zero says little by itself."
         )
     if any(pair["interval"] == "seeds" and pair["num_seeds"] == 2 for pair in results["paired"]):
         sentences.append(

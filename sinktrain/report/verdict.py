@@ -20,9 +20,11 @@ from sinktrain.report.contests import (
     words_by_case,
 )
 from sinktrain.report.wording import (
+    ENOUGH_DOCUMENTS,
     Results,
     Row,
     counted,
+    few_documents,
     layout_name,
     listed,
     num_slots,
@@ -39,6 +41,9 @@ NEED_NATS = 0.01
 """About one per cent of perplexity: what may lose less is not said to need its slots."""
 
 SEED_NOTE = "; one seed of each, another may differ"
+
+NEXT_TO_NOTHING_NATS = 0.002
+"""What surely loses less is not told as a loss, however sure it is."""
 
 
 def verdict_sentences(results: Results) -> list[str]:
@@ -91,6 +96,8 @@ def _eviction_clause(eviction: Eviction) -> str:
     lost = "its first tokens" if not count else "its sink" if count == 1 else "its sinks"
     without = f"without {lost} ({evicted}), {subject.shown}"
     match sign_of(pairs):
+        case 1 if _largest(pairs) < NEXT_TO_NOTHING_NATS:
+            return f"{without} loses next to nothing against {kept}: {size_words(pairs)}"
         case 1:
             slots = f"its {'slot' if count == 1 else 'slots'}" if count else "one slot"
             repair = f"{slots} ({kept}) {'repair' if count > 1 else 'repairs'}"
@@ -109,9 +116,11 @@ def _further_repair(eviction: Eviction) -> str:
     if not eviction.further:
         return ""
     more = layout_name(sides(eviction.further[0])[0])
-    if sign_of(eviction.further) == -1:
-        return f", and {more} another {size_words(eviction.further)}"
-    return f", and {more} nothing measurable beyond" if sign_of(eviction.further) == 0 else ""
+    if sign_of(eviction.further) == 0:
+        return f", and {more} nothing measurable beyond"
+    if sign_of(eviction.further) == 1 or _largest(eviction.further) < NEXT_TO_NOTHING_NATS:
+        return ""
+    return f", and {more} another {size_words(eviction.further)}"
 
 
 def _contest_sentence(results: Results, contests: Sequence[Contest]) -> str:
@@ -130,7 +139,7 @@ def _contest_sentence(results: Results, contests: Sequence[Contest]) -> str:
         )
         if counts[sign]
     ]
-    parts += [f"{unpaired} could not be paired with it"] * (unpaired > 0)
+    parts += [f"{unpaired} {'was' if unpaired == 1 else 'were'} not compared with it"] * (unpaired > 0)
     return f"against {contests[0].base.shown}, each as it is usually streamed: {', '.join(parts)}"
 
 
@@ -144,8 +153,9 @@ def _contest_clause(results: Results, contest: Contest) -> str:
         if a == b
         else f"as each is usually streamed ({subject.shown} {a}, {base.shown} {b})"
     )
-    is_one_seed = len(subject.models) == len(base.models) == 1
-    note = "" if pairs[0]["interval"] == "seeds" else SEED_NOTE if is_one_seed else "; not over seeds"
+    note = (
+        "" if pairs[0]["interval"] == "seeds" else SEED_NOTE if _is_one_seed(contest) else "; not over seeds"
+    )
     match sign_of(pairs):
         case -1 | 1 as sign:
             word = "better" if sign == -1 else "worse"
@@ -157,6 +167,15 @@ def _contest_clause(results: Results, contest: Contest) -> str:
             words = {-1: "better by", 0: "no measurable difference:", 1: "worse by"}
             by_case = words_by_case(pairs, words)
             return f"{kept}, {subject.shown} against {base.shown} differs unevenly: {by_case}{note}"
+
+
+def _is_one_seed(contest: Contest) -> bool:
+    return len(contest.subject.models) == len(contest.base.models) == 1
+
+
+def _largest(pairs: Sequence[Row]) -> float:
+    """The largest size that the intervals allow."""
+    return max(abs(float(end)) for pair in pairs for end in pair["ci95"])
 
 
 def _unpaired_clause(results: Results, subject: Subject, base: Subject) -> str:
@@ -210,6 +229,14 @@ def _team_sentence(results: Results, evictions: Sequence[Eviction], contests: Se
         ]
     else:
         parts += [_own_advice(eviction) for eviction in evictions[:MOST_IN_FULL] if eviction.pairs]
+    if any(map(_is_one_seed, paired)):
+        parts.append("train more seeds to be sure")
+    documents = few_documents(results["perplexity"])
+    if parts and documents:
+        parts.append(
+            f"intervals from {counted(documents, 'document')} say little of others: "
+            f"score {ENOUGH_DOCUMENTS} or more"
+        )
     parts += _memory_words(results)
     failed = [printable(row["model"]) for row in results["failed"]]
     parts += [f"{listed(failed)} could not be measured"] * bool(failed)
@@ -243,8 +270,10 @@ def _needs_words(eviction: Eviction) -> str:
         case 1:
             least = min(pair["ci95"][0] for pair in eviction.pairs)
             return f"{'needs' if least >= NEED_NATS else 'gains by'} {_own_slots(eviction.subject)}"
-        case 0:
+        case 0 if max(pair["ci95"][1] for pair in eviction.pairs) < NEED_NATS:
             return f"shows no need of {_own_slots(eviction.subject)}"
+        case 0:
+            return f"may need {_own_slots(eviction.subject)} or not"
         case -1:
             return f"streams better here without {_own_slots(eviction.subject)}"
     return ""
