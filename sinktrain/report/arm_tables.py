@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from sinktrain.report import wording
 from sinktrain.report.contests import Subject, lengths_of, own_rows, subjects_of
 from sinktrain.report.findings import texts
+from sinktrain.report.over_seeds import over_seeds_text
 from sinktrain.report.probe_tables import is_null, place_words, sink_rows
 from sinktrain.report.quantized_tables import treatment_words
 from sinktrain.report.table import Table
@@ -105,7 +106,7 @@ def _rows_of_length(results: Results, rows: Iterable[Row]) -> list[Row]:
 
 def _loss_cell(subject: Subject, rows: Iterable[Row], layout: str) -> str:
     losses = [row["loss_nats"] for row in _of(subject, rows) if wording.layout_name(row) == layout]
-    return wording.over_seeds_text(losses, ".3f")
+    return over_seeds_text(losses, ".3f")
 
 
 def _metric_cells(subject: Subject, metrics: Iterable[Row]) -> tuple[str, str]:
@@ -115,7 +116,7 @@ def _metric_cells(subject: Subject, metrics: Iterable[Row]) -> tuple[str, str]:
         return "", ""
     place = place_words(rows[0])
     values = [row["value"] for row in rows if place_words(row) == place]
-    return wording.over_seeds_text(values, ".1%"), place
+    return over_seeds_text(values, ".1%"), place
 
 
 def _smallest_eps(results: Results) -> float | None:
@@ -127,7 +128,7 @@ def _outlier_cells(subject: Subject, norms: Iterable[Row]) -> list[str]:
     trained = [row for row in _of(subject, norms) if row["weights"] == "trained"]
     models = dict.fromkeys(row["model"] for row in trained)
     return [
-        wording.over_seeds_text(
+        over_seeds_text(
             [max(row[key] for row in trained if row["model"] == model) for model in models], ",.1f"
         )
         for key in OUTLIERS.values()
@@ -137,7 +138,7 @@ def _outlier_cells(subject: Subject, norms: Iterable[Row]) -> list[str]:
 def _added_cell(subject: Subject, rows: Iterable[Row], column: tuple[str, str]) -> str:
     """``0.0054 ± 0.0010``: what a scheme adds to the loss, in nats."""
     added = [row for row in _of(subject, rows) if (row["scheme"], treatment_words(row)) == column]
-    return wording.over_seeds_text([row["delta_nats"] for row in added], "z.4f")
+    return over_seeds_text([row["delta_nats"] for row in added], "z.4f")
 
 
 def _of(subject: Subject, rows: Iterable[Row]) -> list[Row]:

@@ -8,8 +8,9 @@ from statistics import fmean
 
 from sinktrain.report.contests import Subject, subjects_of
 from sinktrain.report.findings import has_one_tokenizer
+from sinktrain.report.over_seeds import over_seeds_text
 from sinktrain.report.table import Table
-from sinktrain.report.wording import Results, Row, count_text, over_seeds_text, printable, share_text
+from sinktrain.report.wording import Results, Row, count_text, printable, share_text
 
 NOTE = (
     "Minutes are those of the steps, on all devices at once, the first compilation included and validation "

@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sinktrain.evaluation.statistics import mean_of_seeds
-
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -84,22 +82,6 @@ def share_text(share: float) -> str:
     if 0 < percent < 0.05:
         return "< 0.1%"
     return f"{percent:.0f}%" if percent >= 9.95 or percent == 0 else f"{percent:.1f}%"
-
-
-def over_seeds_text(values: Sequence[float], form: str) -> str:
-    """``2.996 ± 0.003``: the mean of several seeds and half of its 95% interval; of one seed, its value.
-
-    Args:
-        values: one per seed; of none, nothing is told.
-        form: as ``format`` has it, of both.
-    """
-    if not values:
-        return ""
-    if len(values) == 1:
-        return format(values[0], form)
-    over = mean_of_seeds(values)
-    low, high = over.interval
-    return f"{over.mean:{form}} ± {(high - low) / 2:{form}}"
 
 
 def few_documents(rows: Iterable[Row]) -> int:
