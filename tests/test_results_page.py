@@ -94,7 +94,7 @@ def test_a_changed_number_is_found_and_mended(tmp_path: Path) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, to)
     page = tmp_path / "RESULTS.md"
-    true = page.read_text(encoding="utf-8")
+    true = page.read_text(encoding="utf-8").partition("**On other text.**")[0]  # which is soon rendered
     page.write_text(re.sub(r"\| 2\.845 \|", "| 2.854 |", true, count=1), encoding="utf-8")
     assert page.read_text(encoding="utf-8") != true
     check = [sys.executable, str(tmp_path / "scripts" / "results"), "--check"]
