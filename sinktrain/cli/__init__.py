@@ -47,7 +47,8 @@ commands:
 MODEL is a run folder, a .ckpt file, a Hugging Face folder or a Hub id (EleutherAI/pythia-160m, or
 EleutherAI/pythia-160m@step1000 for one of its revisions).
 TEXT is a .txt, .jsonl or .parquet file (also .gz, .xz, .zst), a folder of them, prepared shards,
-or a Hub dataset id.
+or a Hub dataset id. A document is a line of .jsonl, a row of .parquet, or a .txt file, which lines
+that say <|doc|> cut into several.
 """
 
 EXAMPLE = """\

@@ -20,7 +20,12 @@ def prepare(arguments: list[str]) -> int:
         "  sinktrain prepare books/ --out shards --streameval-share 0.1\n"
         "  sinktrain prepare --verify shards",
     )
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="file, folder or Hub dataset id")
+    parser.add_argument(
+        "text",
+        nargs="?",
+        metavar="TEXT",
+        help="file, folder or Hub dataset id; in a .txt, lines that say <|doc|> stand between documents",
+    )
     parser.add_argument("--out", type=Path, help="folder for the shards")
     parser.add_argument(
         "--tokenizer", metavar="NAME_OR_DIR", help="a Hugging Face tokenizer; otherwise one is trained"
