@@ -26,6 +26,7 @@ from sinktrain.evaluation import compare as compare_module
 from sinktrain.evaluation import streameval as streameval_module
 from sinktrain.evaluation.compare import TASKS, Comparison, compare
 from sinktrain.evaluation.statistics import by_position, mean_interval, paired_difference
+from sinktrain.evaluation.texts import TokenizedText
 from sinktrain.evaluation.timing import free_bytes
 from sinktrain.model.checkpoints import load_model
 from sinktrain.model.config import SinkConfig
@@ -270,6 +271,17 @@ def test_documents_are_those_that_the_scored_tokens_come_from(home: Path, tmp_pa
         replace(asked(home, "vanilla"), texts=[Source(str(path))], num_streams=1, max_tokens=num_tokens // 2)
     )
     assert {row["documents_scored"] for row in fewer["perplexity"]} == {2}
+
+
+def test_a_document_counts_if_one_token_of_it_is_scored_wherever_its_end_is() -> None:
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token_id
+    tokens = np.array([[7, 7, end, 7], [end, end, 7, 7], [7, 7, end, end]])
+    #       documents:  0  0   0   1     1    2   3  3    3  3   3    4
+    text = TokenizedText(tokens.ravel(), tokenizer)
+    last_two = np.arange(4) >= np.full((3, 1), 2)
+    assert text.num_documents(tokens, last_two) == 4  # all but 2
+    assert text.num_documents(tokens, np.ones_like(last_two)) == 5
 
 
 @pytest.mark.parametrize("model", ["vanilla", "sink"])

@@ -271,6 +271,22 @@ def test_what_surely_is_next_to_nothing_is_no_loss_and_no_repair() -> None:
     assert lost.endswith("which one slot (1+127) repairs.")
 
 
+def test_advice_from_several_texts_tells_of_the_one_with_the_fewest_documents() -> None:
+    pairs = [a_pair("sink", "vanilla", -0.012, 0.008, "1+127", "4+124", text=text) for text in "abc"]
+    results = some_results(a_model("vanilla"), a_model("sink", 1)) | {"paired": pairs}
+    scored = results["perplexity"]
+    results["perplexity"] = [
+        {**row, "text": text, "documents_scored": count}
+        for text, count in (("a", 100), ("b", 3), ("c", 7))
+        for row in scored
+    ]
+    assert "; intervals from 3 documents say little of others" in findings.verdict_sentences(results)[-1]
+    assert [sentence[:40] for sentence in findings.limits(results) if "simulations" in sentence] == [
+        "The tokens scored of b come from 3 docum",
+        "The tokens scored of c come from 7 docum",
+    ]
+
+
 @pytest.mark.parametrize(("count", "words"), [(1, "one document"), (29, "29 documents"), (30, None)])
 def test_advice_from_few_documents_says_so(count: int, words: str | None) -> None:
     results = some_results(a_model("vanilla"), a_model("sink", 1))

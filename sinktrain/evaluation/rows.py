@@ -23,8 +23,8 @@ def perplexity_rows(arm: Arm) -> Iterator[Row]:
             is_scored = ~np.isnan(one.scored)
             key = np.packbits(is_scored).tobytes()
             if key not in sizes:
-                tokens = text.tokens[is_scored]
-                sizes[key] = text.text.num_bytes(tokens), text.text.num_documents(tokens)
+                num_bytes = text.text.num_bytes(text.tokens[is_scored])
+                sizes[key] = num_bytes, text.text.num_documents(text.tokens, is_scored)
             num_bytes, num_documents = sizes[key]
             interval = mean_interval(one.scored)
             tokens_scored = int(is_scored.sum())

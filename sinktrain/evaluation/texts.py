@@ -39,10 +39,11 @@ class TokenizedText:
         of_text = tokens[tokens != self.tokenizer.eos_token_id]
         return len(self.tokenizer.decode(of_text.tolist()).encode())
 
-    def num_documents(self, tokens: NDArray[np.int64]) -> int:
-        """Documents that some tokens, in the order of the text, come from: each ends with one of its own."""
-        ends = tokens == self.tokenizer.eos_token_id
-        return int(ends.sum()) + (not ends[-1])
+    def num_documents(self, tokens: NDArray[np.int64], is_scored: NDArray[np.bool_]) -> int:
+        """Documents that the scored ones of some tokens, in the order of the text, come from."""
+        is_end = tokens.ravel() == self.tokenizer.eos_token_id
+        document = np.cumsum(is_end) - is_end
+        return len(np.unique(document[is_scored.ravel()]))
 
 
 def tokenize_for(

@@ -231,12 +231,10 @@ def _team_sentence(results: Results, evictions: Sequence[Eviction], contests: Se
         parts += [_own_advice(eviction) for eviction in evictions[:MOST_IN_FULL] if eviction.pairs]
     if any(map(_is_one_seed, paired)):
         parts.append("train more seeds to be sure")
-    documents = few_documents(results["perplexity"])
-    if parts and documents:
-        parts.append(
-            f"intervals from {counted(documents, 'document')} say little of others: "
-            f"score {ENOUGH_DOCUMENTS} or more"
-        )
+    few = few_documents(results["perplexity"]).values()
+    if parts and few:
+        fewest = counted(min(few), "document")
+        parts.append(f"intervals from {fewest} say little of others: score {ENOUGH_DOCUMENTS} or more")
     parts += _memory_words(results)
     failed = [printable(row["model"]) for row in results["failed"]]
     parts += [f"{listed(failed)} could not be measured"] * bool(failed)

@@ -84,10 +84,12 @@ def share_text(share: float) -> str:
     return f"{percent:.0f}%" if percent >= 9.95 or percent == 0 else f"{percent:.1f}%"
 
 
-def few_documents(rows: Iterable[Row]) -> int:
-    """How many the tokens scored come from, where they are too few; 0 where they are many, or unknown."""
-    most = max((row.get("documents_scored", ENOUGH_DOCUMENTS) for row in rows), default=ENOUGH_DOCUMENTS)
-    return most if most < ENOUGH_DOCUMENTS else 0
+def few_documents(rows: Iterable[Row]) -> dict[str, int]:
+    """How many documents were scored of the texts of which that is known and too few."""
+    most: dict[str, int] = {}
+    for row in rows:
+        most[row["text"]] = max(most.get(row["text"], 0), row.get("documents_scored", ENOUGH_DOCUMENTS))
+    return {text: count for text, count in most.items() if count < ENOUGH_DOCUMENTS}
 
 
 def share_interval_text(row: Row) -> str:
